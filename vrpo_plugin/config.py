@@ -1,0 +1,209 @@
+"""The one configuration of the objective. Standard library only, so that launchers can read it without torch."""
+
+import difflib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from vrpo_plugin.errors import ConfigError, explain
+
+BUILTIN_REWARDS = ("semantic", "perceptual", "fidelity")
+
+
+def check_keys(keys: Iterable[str], known: Iterable[str], *, subject: str) -> None:
+    """Refuses unknown keys.
+
+    Raises:
+        ConfigError: a key is unknown; the message names the nearest known one.
+    """
+    known = sorted(known)
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"Did you mean {near[0]!r}?" if near else "Remove it."
+            raise ConfigError(explain(f"{subject} key", expected=f"one of {', '.join(known)}", got=repr(key), do=hint))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VRPOConfig:
+    """What the aligner optimises. docs/equations.md defines every symbol.
+
+    The defaults are those of the project's prototype (CIFAR-10 at 16 px, docs/equations.md names the runs) until
+    benchmarks/ has measured better ones.
+
+    Attributes:
+        features: who aligns the tokens of an early block: ``policy`` (this package, REPA's cosine as a reward),
+            ``host`` (the host's own loss, untouched) or ``none``.
+        proj_coeff: weight of the features part; REPA's own default.
+        layers: blocks that are tapped: ``early`` (one, the host's encoder depth where it names one, else at a
+            third of the depth), ``middle`` (one, at half), ``all``, or explicit 1-based block numbers.
+        projector: head from hidden tokens to encoder tokens, ``mlp`` (REPA's) or ``conv`` (3x3, iREPA's).
+        projector_dim: width of the ``mlp`` projector.
+        target_norm: ``none``, or ``spatial`` (iREPA's normalisation of the encoder tokens).
+        release: schedule of the features part: ``none``, ``linear`` (down to 0 at release_steps) or ``stop``
+            (HASTE: off from release_steps on).
+        release_steps: in training steps, as ``forward(step=...)`` counts them, else in calls.
+        reward_coeff: weight of the generation part; 0 makes no critic.
+        rewards: built-in rewards that are optimised on the generation readout. ``fidelity`` is measured always;
+            naming it optimises it a second time, next to the denoising loss.
+        reward_weights: ``inverse_variance``, or a mapping from reward to share (normalised to sum 1).
+        variance_decay: per-update decay of the running reward variances, in [0, 1).
+        variance_floor: smallest variance that is believed.
+        weight_cap: largest inverse-variance weight.
+        group: ``noise`` (the batch cut into strata of like noise) or ``image`` (consecutive draws of one image).
+        group_size: samples per group.
+        scale: what advantages are divided by: the deviation of the ``group``, of the ``batch``, or ``none``.
+        aggregation: ``sum_then_normalize`` (weigh the rewards, then scale the total) or ``normalize_then_sum``
+            (scale every reward by itself; excludes inverse-variance weights, which already contain the scale).
+        scale_eps: added to that deviation.
+        epsilon: half-width of the ratio's clipping, for rewards without a gradient.
+        action_std: standard deviation of the policy around x0_hat, in latent units, for rewards without a
+            gradient.
+        critic_coeff: weight of the critic's regression. It reaches only the critic, and Adam does not mind its
+            size; small, so that the host's gradient-norm clipping hardly sees it.
+        critic_width: channels at the token grid.
+        critic_checkpoint: safetensors file written by ``vrpo train-critic``; None starts from scratch.
+        critic_trainable: False freezes the critic (needs ``critic_checkpoint``).
+        path_type: ``linear`` or ``cosine`` interpolant, for x0_hat.
+
+    Raises:
+        ConfigError: a key is unknown, a value is out of range, or two settings contradict each other.
+
+    Source: our derivation (docs/equations.md); REPA, arXiv 2410.06940, for the features part.
+    """
+
+    features: Literal["policy", "host", "none"] = "policy"
+    proj_coeff: float = 0.5
+    layers: Literal["early", "middle", "all"] | tuple[int, ...] = "early"
+    projector: Literal["mlp", "conv"] = "mlp"
+    projector_dim: int = 2048
+    target_norm: Literal["none", "spatial"] = "none"
+    release: Literal["none", "linear", "stop"] = "none"
+    release_steps: int = 0
+    reward_coeff: float = 0.8
+    rewards: tuple[str, ...] = ("semantic", "perceptual")
+    reward_weights: Literal["inverse_variance"] | tuple[tuple[str, float], ...] = "inverse_variance"
+    variance_decay: float = 0.99
+    variance_floor: float = 1e-8
+    weight_cap: float = 0.9
+    group: Literal["noise", "image"] = "noise"
+    group_size: int = 16
+    scale: Literal["group", "batch", "none"] = "none"
+    aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    scale_eps: float = 1e-4
+    epsilon: float = 0.2
+    action_std: float = 0.1
+    critic_coeff: float = 0.1
+    critic_width: int = 256
+    critic_checkpoint: str | None = None
+    critic_trainable: bool = True
+    path_type: Literal["linear", "cosine"] = "linear"
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "VRPOConfig":
+        # Before the generated __init__, whose TypeError would not name the nearest key.
+        check_keys(kwargs, (f.name for f in fields(cls)), subject="VRPOConfig")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.reward_weights, Mapping):
+            object.__setattr__(self, "reward_weights", tuple(sorted(self.reward_weights.items())))
+        elif isinstance(self.reward_weights, list):
+            object.__setattr__(self, "reward_weights", tuple((k, v) for k, v in self.reward_weights))
+        for name in ("rewards", "layers"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._check_choices()
+        self._check_ranges()
+        self._check_consistency()
+
+    def _check_choices(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            options = [o for part in (hint, *get_args(hint)) if get_origin(part) is Literal for o in get_args(part)]
+            if options and not isinstance(value, tuple) and value not in options:
+                _fail(name, f"one of {options}", value)
+
+    def _check_ranges(self) -> None:
+        for f in fields(self):
+            value, default = getattr(self, f.name), f.default
+            if isinstance(default, bool):
+                if not isinstance(value, bool):
+                    _fail(f.name, "True or False", value)
+            elif isinstance(default, (int, float)) and (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float) if isinstance(default, float) else int)
+                or not math.isfinite(value)
+                or value < 0
+            ):
+                _fail(f.name, f"a finite {type(default).__name__} >= 0", value)
+        for name in (
+            "projector_dim",
+            "group_size",
+            "critic_width",
+            "variance_floor",
+            "action_std",
+            "weight_cap",
+        ):
+            if getattr(self, name) <= 0:
+                _fail(name, "> 0", getattr(self, name))
+        if self.weight_cap > 1:
+            _fail("weight_cap", "in (0, 1]", self.weight_cap)
+        if self.variance_decay >= 1:
+            _fail("variance_decay", "in [0, 1)", self.variance_decay)
+
+    def _check_consistency(self) -> None:
+        if not isinstance(self.rewards, tuple) or len(set(self.rewards)) != len(self.rewards):
+            _fail("rewards", "a tuple of distinct names", self.rewards)
+        for name in self.rewards:
+            if name not in BUILTIN_REWARDS:
+                _fail(
+                    "rewards",
+                    f"names among {BUILTIN_REWARDS}",
+                    name,
+                    "Pass callables as VRPOAligner(rewards=...).",
+                )
+        if isinstance(self.layers, tuple) and not (
+            self.layers and all(isinstance(i, int) and not isinstance(i, bool) and i >= 1 for i in self.layers)
+        ):
+            _fail("layers", '"early", "middle", "all" or block numbers from 1', self.layers)
+        if self.release != "none" and self.release_steps < 1:
+            _fail("release_steps", f">= 1 with release={self.release!r}", self.release_steps)
+        if self.reward_weights == "inverse_variance":
+            if self.aggregation == "normalize_then_sum":
+                _fail("aggregation", "sum_then_normalize with inverse-variance weights", self.aggregation)
+        else:
+            shares = [w for _, w in self.reward_weights]
+            if (
+                not all(isinstance(w, (int, float)) and math.isfinite(w) and w >= 0 for w in shares)
+                or not sum(shares) > 0
+            ):
+                _fail("reward_weights", "shares >= 0 with a sum > 0", self.reward_weights)
+        if not self.critic_trainable and self.critic_checkpoint is None:
+            _fail(
+                "critic_checkpoint",
+                "a file with critic_trainable=False",
+                None,
+                "Train one with 'vrpo train-critic'.",
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "VRPOConfig":
+        """Builds a configuration from plain data, for instance a YAML or JSON mapping.
+
+        Raises:
+            ConfigError: as the constructor.
+        """
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that :meth:`from_dict` turns back into an equal configuration."""
+        values = json.loads(json.dumps(asdict(self)))
+        if self.reward_weights != "inverse_variance":
+            values["reward_weights"] = dict(self.reward_weights)
+        return values
+
+
+def _fail(name: str, expected: str, got: object, do: str = "Correct it.") -> None:
+    raise ConfigError(explain(name, expected=expected, got=repr(got), do=do))

@@ -1,0 +1,42 @@
+"""Exceptions. Every message has three parts: what was expected, what was got, what to do."""
+
+
+class VRPOError(Exception):
+    """Base class of every error this package raises on purpose."""
+
+
+class ConfigError(VRPOError, ValueError):
+    """A setting is unknown, out of range, or contradicts another."""
+
+
+class ShapeError(VRPOError, ValueError):
+    """A tensor has the wrong shape."""
+
+
+class DataError(VRPOError, ValueError):
+    """Training data is missing, empty, or not finite."""
+
+
+class WeightsNotFoundError(VRPOError, FileNotFoundError):
+    """Pretrained weights are not on disk and may not be downloaded."""
+
+
+class HostNotFoundError(VRPOError):
+    """No supported codebase was found, or a model has not the parts that a hook needs."""
+
+
+class HostChangedError(VRPOError):
+    """A codebase is not at a version that was verified."""
+
+
+class PatchConflictError(VRPOError):
+    """Something is already patched or attached, with another configuration."""
+
+
+class CheckpointError(VRPOError):
+    """A checkpoint is missing, incomplete, damaged, or belongs to another run."""
+
+
+def explain(subject: str, *, expected: object, got: object, do: str) -> str:
+    """Builds the three-part message: ``subject: expected ..., got .... Do this.``"""
+    return f"{subject}: expected {expected}, got {got}. {do}"

@@ -1,0 +1,88 @@
+"""Paths between data and noise, in the package's one convention: t = 0 is data, t = 1 is noise."""
+
+import math
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from vrpo_plugin.errors import ConfigError, explain
+
+PathType = Literal["linear", "cosine"]
+PATH_TYPES: tuple[str, ...] = get_args(PathType)
+
+
+def path_coefficients(t: Tensor, path_type: PathType = "linear") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Coefficients of x_t = alpha x_0 + sigma noise and of its velocity (equation 1).
+
+    Args:
+        t: any shape, in [0, 1]; 0 is data.
+        path_type: ``linear`` (alpha = 1 - t, sigma = t) or ``cosine``
+            (alpha = cos(pi t / 2), sigma = sin(pi t / 2)).
+
+    Returns:
+        ``alpha, sigma, alpha_dot, sigma_dot``, each of the shape of ``t``.
+
+    Raises:
+        ConfigError: ``path_type`` is unknown.
+
+    Source: SiT, arXiv 2401.08740, section 2.
+    """
+    if path_type == "linear":
+        one = t.new_ones(()).expand_as(t)
+        return 1 - t, t, -one, one
+    if path_type == "cosine":
+        angle = t * (math.pi / 2)
+        alpha, sigma = angle.cos(), angle.sin()
+        return alpha, sigma, -math.pi / 2 * sigma, math.pi / 2 * alpha
+    raise ConfigError(
+        explain("path_type", expected=f"one of {PATH_TYPES}", got=repr(path_type), do="Choose one of these.")
+    )
+
+
+def time_like(t: Tensor, x: Tensor) -> Tensor:
+    """Reshapes t (B,) to (B, 1, ..., 1) so that it broadcasts over x (B, ...)."""
+    return t.reshape(-1, *(1 for _ in x.shape[1:]))
+
+
+def noisy_sample(x0: Tensor, noise: Tensor, t: Tensor, path_type: PathType = "linear") -> tuple[Tensor, Tensor]:
+    """The noisy latent and the velocity that a model should predict there (equation 1).
+
+    Args:
+        x0: clean latents (B, C, H, W).
+        noise: standard normal, same shape.
+        t: times (B,) in [0, 1].
+        path_type: see :func:`path_coefficients`.
+
+    Returns:
+        ``x_t, velocity``, each (B, C, H, W), ``velocity`` pointing from data to noise.
+
+    Raises:
+        ConfigError: ``path_type`` is unknown.
+
+    Source: SiT, arXiv 2401.08740, section 2.
+    """
+    alpha, sigma, alpha_dot, sigma_dot = path_coefficients(time_like(t, x0), path_type)
+    return alpha * x0 + sigma * noise, alpha_dot * x0 + sigma_dot * noise
+
+
+def clean_estimate(x_t: Tensor, velocity: Tensor, t: Tensor, path_type: PathType = "linear") -> Tensor:
+    """One-step estimate of the clean latent from a velocity (equation 2).
+
+    x0_hat = (sigma_dot x_t - sigma v) / (alpha sigma_dot - alpha_dot sigma); on the linear path x_t - t v.
+
+    Args:
+        x_t: noisy latents (B, C, H, W).
+        velocity: the model's prediction, same shape.
+        t: times (B,) in [0, 1].
+        path_type: see :func:`path_coefficients`.
+
+    Returns:
+        x0_hat (B, C, H, W).
+
+    Raises:
+        ConfigError: ``path_type`` is unknown.
+
+    Source: solves SiT's (arXiv 2401.08740) section 2 for x_0.
+    """
+    alpha, sigma, alpha_dot, sigma_dot = path_coefficients(time_like(t, x_t), path_type)
+    return (sigma_dot * x_t - sigma * velocity) / (alpha * sigma_dot - alpha_dot * sigma)

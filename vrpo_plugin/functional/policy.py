@@ -1,0 +1,109 @@
+"""Policy losses: pathwise for rewards with a gradient, score function for those without."""
+
+import math
+
+import torch
+from einops import reduce
+from torch import Tensor
+
+from vrpo_plugin.errors import ShapeError, explain
+from vrpo_plugin.functional.tensors import promote
+
+
+def pathwise_policy_loss(rewards: Tensor, coefficients: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    """Loss whose gradient is -mean_i sum_k c_ki grad r_ki, c = w / s (equation 12).
+
+    The pathwise (reparameterised) gradient of the expected advantage: the group's baseline drops out of it,
+    the group's scale and the weights stay.
+
+    Args:
+        rewards: differentiable rewards (K, B).
+        coefficients: weight over scale (K, B); detached here.
+        valid: (K, B); False leaves a reward out of the mean, which is taken per reward over the valid ones.
+            Rewards that are not finite are always left out.
+
+    Returns:
+        Scalar loss.
+
+    Raises:
+        ShapeError: the shapes differ.
+
+    Source: our derivation; reparameterisation as in SVG, arXiv 1510.09142.
+    """
+    if rewards.shape != coefficients.shape or rewards.ndim != 2:
+        raise ShapeError(
+            explain(
+                "coefficients",
+                expected=f"(K, B) like rewards {tuple(rewards.shape)}",
+                got=tuple(coefficients.shape),
+                do="Pass one coefficient per reward and sample.",
+            )
+        )
+    rewards = promote(rewards)
+    finite = torch.isfinite(rewards)
+    valid = finite if valid is None else valid & finite
+    weighted = torch.where(valid, coefficients.detach() * torch.where(valid, rewards, 0), 0)
+    return -(weighted.sum(1) / valid.sum(1).clamp(min=1)).sum()
+
+
+def gaussian_log_prob(action: Tensor, mean: Tensor, std: float | Tensor) -> Tensor:
+    """Log density of N(mean, std^2 I) at an action (equation 13).
+
+    Args:
+        action: (B, ...).
+        mean: same shape.
+        std: positive, a number or broadcastable to ``mean``.
+
+    Returns:
+        Log densities (B,), summed over all but the first dimension.
+
+    Source: definition of the normal density.
+    """
+    std = torch.as_tensor(std, dtype=promote(mean).dtype, device=mean.device)
+    log_prob = -0.5 * ((promote(action) - promote(mean)) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
+    return reduce(log_prob, "b ... -> b", "sum")
+
+
+def score_function_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    *,
+    epsilon: float = 0.2,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Clipped score-function loss for rewards without a gradient, -mean min(rho A, clip(rho) A) (equation 14).
+
+    rho = exp(log_probs - old_log_probs) is 1 when each group is used for one update, and the gradient is then
+    REINFORCE's.
+
+    Args:
+        log_probs: under the present policy, any shape.
+        old_log_probs: under the policy that drew the actions, same shape; detached here.
+        advantages: same shape; detached here.
+        epsilon: half-width of the ratio's trust region.
+        valid: same shape; False leaves an action out of the mean.
+
+    Returns:
+        Scalar loss.
+
+    Raises:
+        ShapeError: the shapes differ.
+
+    Source: PPO, arXiv 1707.06347, equation 7; GRPO, arXiv 2402.03300, equation 3, without its KL term.
+    """
+    if not log_probs.shape == old_log_probs.shape == advantages.shape:
+        raise ShapeError(
+            explain(
+                "advantages, old_log_probs",
+                expected=f"like log_probs {tuple(log_probs.shape)}",
+                got=(tuple(advantages.shape), tuple(old_log_probs.shape)),
+                do="Pass one advantage and one old log-probability per action.",
+            )
+        )
+    advantages = promote(advantages).detach()
+    ratio = (promote(log_probs) - promote(old_log_probs).detach()).exp()
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
+    if valid is None:
+        return -surrogate.mean()
+    return -torch.where(valid, surrogate, 0).sum() / valid.sum().clamp(min=1)

@@ -1,0 +1,91 @@
+"""Rewards of the generation readout: one number per sample, higher is better."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import reduce
+from torch import Tensor
+
+from vrpo_plugin.functional.alignment import cosine_alignment
+from vrpo_plugin.functional.tensors import promote
+
+
+@dataclass(frozen=True)
+class RewardState:
+    """What a reward may look at.
+
+    Attributes:
+        x0_hat: one-step clean estimate (B, C, H, W); carries the gradient to the generator.
+        x0: clean latents (B, C, H, W).
+        x_t: noisy latents (B, C, H, W).
+        t: times (B,), 0 = data, 1 = noise.
+        z: frozen encoder tokens of the clean image, one (B, N, D) per encoder.
+        y: labels (B,) where the host passes them.
+        step: training step where the host passes it; needed only by rewards that run every k steps.
+    """
+
+    x0_hat: Tensor
+    x0: Tensor
+    x_t: Tensor
+    t: Tensor
+    z: tuple[Tensor, ...]
+    y: Tensor | None = None
+    step: int | None = None
+
+
+def fidelity_reward(x0_hat: Tensor, x0: Tensor) -> Tensor:
+    """Generation fidelity: r = -mean((x0_hat - x0)^2) (equation 5).
+
+    Args:
+        x0_hat: estimates (B, ...), any floating dtype; computed in float32 at least.
+        x0: clean latents, same shape.
+
+    Returns:
+        Rewards (B,), at most 0.
+
+    Source: our derivation; the denoising loss is this reward, weighted by 1 / sigma(t)^2 on the linear path.
+    """
+    error = promote(x0_hat) - promote(x0)
+    return -reduce(error.square(), "b ... -> b", "mean")
+
+
+def semantic_reward(tokens: Sequence[Tensor], z: Sequence[Tensor]) -> Tensor:
+    """Semantic coherence: r = mean over encoders and tokens of <C(x0_hat), z> (equation 3).
+
+    Args:
+        tokens: the critic's tokens of x0_hat, one (B, N, D) per encoder.
+        z: the frozen encoder's tokens of the clean image, same shapes.
+
+    Returns:
+        Rewards (B,), in [-1, 1].
+
+    Raises:
+        ShapeError: a pair differs in shape.
+
+    Source: our derivation.
+    """
+    return torch.stack([cosine_alignment(c, target) for c, target in zip(tokens, z, strict=True)]).mean(0)
+
+
+def feature_distance(features: Sequence[Tensor], reference: Sequence[Tensor], *, eps: float = 1e-6) -> Tensor:
+    """Distance between feature maps, normalised over channels at every position (equation 4).
+
+    d = mean over maps and positions of |f / |f| - g / |g||^2.
+
+    Args:
+        features: feature maps (B, C_l, H_l, W_l), one per layer.
+        reference: the same for the reference images.
+        eps: added to the norms, so that an all-zero position gives 0 and no NaN.
+
+    Returns:
+        Distances (B,), in [0, 4].
+
+    Source: LPIPS, arXiv 1801.03924, equation 1, without learned weights.
+    """
+    distances = []
+    for f, g in zip(features, reference, strict=True):
+        f, g = F.normalize(promote(f), dim=1, eps=eps), F.normalize(promote(g), dim=1, eps=eps)
+        distances.append(reduce((f - g).square().sum(1), "b h w -> b", "mean"))
+    return torch.stack(distances).mean(0)

@@ -1,0 +1,56 @@
+"""What the other files of this layer share: the working precision and the resampling of token grids."""
+
+import math
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from vrpo_plugin.errors import ShapeError, explain
+
+
+def promote(x: Tensor) -> Tensor:
+    """Brings float16 and bfloat16 to float32 and leaves float32 and float64 as they are."""
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
+def square_grid(tokens: int) -> tuple[int, int]:
+    """The side lengths of a square grid of ``tokens`` tokens.
+
+    Raises:
+        ShapeError: ``tokens`` is no square number.
+    """
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise ShapeError(
+            explain(
+                "tokens",
+                expected="a square number of tokens (prefix tokens already dropped)",
+                got=tokens,
+                do="Drop cls and register tokens, or give the grid as (height, width).",
+            )
+        )
+    return side, side
+
+
+def resample_tokens(z: Tensor, grid: tuple[int, int], target_grid: tuple[int, int]) -> Tensor:
+    """Resamples a token grid bilinearly (antialiased where it shrinks).
+
+    Args:
+        z: tokens (B, h * w, D).
+        grid: their (h, w).
+        target_grid: the wanted (h', w').
+
+    Returns:
+        Tokens (B, h' * w', D); ``z`` itself where the grids agree.
+
+    Raises:
+        ShapeError: ``z`` has not h * w tokens.
+    """
+    if z.shape[1] != grid[0] * grid[1]:
+        raise ShapeError(explain("tokens", expected=f"{grid[0]} x {grid[1]}", got=z.shape[1], do="Give their grid."))
+    if grid == target_grid:
+        return z
+    maps = rearrange(z, "b (h w) d -> b d h w", h=grid[0])
+    maps = F.interpolate(maps, size=target_grid, mode="bilinear", antialias=True, align_corners=False)
+    return rearrange(maps, "b d h w -> b (h w) d")

@@ -1,0 +1,345 @@
+"""VRPOAligner: the module that a training loop calls."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from vrpo_plugin.config import VRPOConfig, check_keys
+from vrpo_plugin.errors import ConfigError, HostNotFoundError, PatchConflictError, explain
+from vrpo_plugin.functional.alignment import cosine_alignment, spatial_normalize
+from vrpo_plugin.functional.interpolant import clean_estimate
+from vrpo_plugin.functional.rewards import RewardState
+from vrpo_plugin.functional.tensors import promote, resample_tokens, square_grid
+from vrpo_plugin.modules.critic import LatentCritic, load_critic_weights
+from vrpo_plugin.modules.generation import GenerationReadout, Reward
+from vrpo_plugin.modules.inputs import (
+    check_hidden,
+    check_latents,
+    check_targets,
+    say_group_sizes,
+    sizes_of_encoder,
+    sizes_of_model,
+)
+from vrpo_plugin.modules.projector import build_projector
+from vrpo_plugin.modules.taps import Taps, resolve_layers
+
+logger = logging.getLogger("vrpo_plugin")
+
+
+@dataclass(frozen=True)
+class VRPOOutput:
+    """What one call of the aligner returns. S is the number of groups.
+
+    Attributes:
+        loss: scalar to add to the denoising loss: policy_loss + critic_coeff * critic_loss.
+        policy_loss: scalar, all that reaches the generator:
+            proj_coeff * release * features_loss + reward_coeff * generation_loss.
+        features_loss: scalar, the negative reward of the features readout; REPA's projection loss.
+        generation_loss: scalar, the policy loss of the generation readout.
+        critic_loss: scalar, 1 - mean cosine of the critic on clean latents.
+        rewards: name to (B,), without gradient; NaN where a reward is not finite or did not score the sample.
+        weights: name to (S,), the share of each optimised reward in each group.
+        advantages: (B,).
+        metrics: log name to scalar tensor on the device, without gradient.
+    """
+
+    loss: Tensor
+    policy_loss: Tensor
+    features_loss: Tensor
+    generation_loss: Tensor
+    critic_loss: Tensor
+    rewards: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    advantages: Tensor
+    metrics: dict[str, Tensor]
+
+
+class VRPOAligner(nn.Module):
+    """Reward-guided, group-relative alignment of a diffusion transformer (equation 16).
+
+    Holds the projector heads, the critic and the running reward statistics. Everything is created under a
+    forked random state, so that adding an aligner changes no other initialisation.
+
+    Args:
+        hidden_dim: width of the transformer's tokens.
+        target_dims: D of each frozen encoder.
+        depth: number of transformer blocks.
+        latent_shape: (C, H, W) of the latents; needed where a critic is made.
+        token_grid: (h, w) that the encoder tokens come in; by default half the latent's sides, the grid of a
+            patch-2 transformer and of REPA's encoders.
+        encoder_depth: the host's own aligned block, 1-based; used by ``layers="early"``.
+        config: the objective; further keywords override its fields.
+        rewards: differentiable rewards of your own, name to callable (RewardState) -> (B,), or a pair with a
+            mask of the samples that were scored.
+        black_box_rewards: the same without a gradient; ``forward`` then needs ``generator=``.
+        **overrides: fields of :class:`VRPOConfig`.
+
+    Raises:
+        ConfigError: a setting is unknown, contradictory, or lacks what it needs.
+        CheckpointError: ``critic_checkpoint`` does not fit.
+
+    Source: our derivation (docs/equations.md).
+    """
+
+    step: Tensor
+
+    def __init__(
+        self,
+        *,
+        hidden_dim: int,
+        target_dims: Sequence[int],
+        depth: int,
+        latent_shape: Sequence[int] | None = None,
+        token_grid: tuple[int, int] | None = None,
+        encoder_depth: int | None = None,
+        config: VRPOConfig | None = None,
+        rewards: Mapping[str, Reward] | None = None,
+        black_box_rewards: Mapping[str, Reward] | None = None,
+        **overrides: Any,
+    ) -> None:
+        super().__init__()
+        check_keys(overrides, VRPOConfig.__dataclass_fields__, subject="VRPOConfig")
+        self.config = replace(config or VRPOConfig(), **overrides)
+        self.hidden_dim, self.target_dims = hidden_dim, tuple(target_dims)
+        if not self.target_dims or min(hidden_dim, depth, *self.target_dims) < 1:
+            _refuse("hidden_dim, depth, target_dims", ">= 1", (hidden_dim, depth, self.target_dims))
+        self.depth = depth
+        self.layers = resolve_layers(self.config.layers, depth, encoder_depth=encoder_depth)
+        if token_grid is None and latent_shape is not None:
+            token_grid = (max(1, latent_shape[1] // 2), max(1, latent_shape[2] // 2))
+        self.token_grid = token_grid
+        self.taps = Taps(self.layers)
+        self._checked = False
+        with torch.random.fork_rng(devices=[]):
+            self.projectors = self._build_projectors()
+            self.generation = self._build_generation(latent_shape, rewards or {}, black_box_rewards or {})
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def _build_projectors(self) -> nn.ModuleList:
+        if self.config.features != "policy":
+            return nn.ModuleList()
+        return nn.ModuleList(
+            build_projector(self.config.projector, self.hidden_dim, dim, projector_dim=self.config.projector_dim)
+            for _ in self.layers
+            for dim in self.target_dims
+        )
+
+    def _build_generation(
+        self,
+        latent_shape: Sequence[int] | None,
+        rewards: Mapping[str, Reward],
+        black_box_rewards: Mapping[str, Reward],
+    ) -> GenerationReadout | None:
+        if self.config.reward_coeff == 0:
+            return None
+        if not (self.config.rewards or rewards or black_box_rewards):
+            _refuse("rewards", "at least one, or reward_coeff=0", ())
+        critic = None
+        if {"semantic", "perceptual"} & set(self.config.rewards):
+            if latent_shape is None or len(latent_shape) != 3 or self.token_grid is None:
+                _refuse("latent_shape", "(C, H, W), for the critic", latent_shape)
+            channels, height, side = latent_shape
+            critic = LatentCritic(
+                (channels, height, side), self.target_dims, self.token_grid, width=self.config.critic_width
+            )
+            if self.config.critic_checkpoint is not None:
+                load_critic_weights(critic, Path(self.config.critic_checkpoint))
+            critic.requires_grad_(self.config.critic_trainable)
+        return GenerationReadout(self.config, critic, rewards, black_box_rewards)
+
+    @property
+    def critic(self) -> LatentCritic | None:
+        """The critic, where one is made."""
+        return None if self.generation is None else self.generation.critic
+
+    @classmethod
+    def from_model(cls, model: nn.Module, encoder: Any, **kwargs: Any) -> "VRPOAligner":
+        """Infers the sizes from a SiT- or DiT-like model and an encoder, and logs what it chose.
+
+        Args:
+            model: has ``blocks``, ``pos_embed`` (1, N, D), ``in_channels`` and ``x_embedder.img_size``.
+            encoder: has ``dims`` (or ``dim``) and ``grid``, as ``vrpo_plugin.encoders.load_encoder`` gives; or
+                the dimensions themselves.
+            **kwargs: passed to the constructor, taking precedence.
+
+        Raises:
+            HostNotFoundError: the model lacks one of these.
+        """
+        chosen = {**sizes_of_model(model), **sizes_of_encoder(encoder), **kwargs}
+        aligner = cls(**chosen)
+        logger.info("VRPOAligner.from_model: %s, taps on blocks %s", chosen, aligner.layers)
+        return aligner
+
+    def attach(self, model: nn.Module, blocks: nn.ModuleList | None = None) -> "VRPOAligner":
+        """Installs the taps and registers the aligner as ``model.vrpo``.
+
+        Do this once, before the EMA copy, DDP and the optimizer: all of them then cover the aligner.
+
+        Args:
+            model: the transformer.
+            blocks: its blocks, where they are not ``model.blocks``.
+
+        Returns:
+            The aligner.
+
+        Raises:
+            HostNotFoundError: there are no blocks, or fewer than ``depth``.
+            PatchConflictError: another aligner is attached.
+        """
+        if getattr(model, "vrpo", None) is self:
+            return self
+        if hasattr(model, "vrpo"):
+            raise PatchConflictError(
+                explain("model.vrpo", expected="no aligner", got="another one", do="Call its detach(model).")
+            )
+        blocks = getattr(model, "blocks", None) if blocks is None else blocks
+        if not isinstance(blocks, nn.ModuleList) or len(blocks) != self.depth:
+            raise HostNotFoundError(
+                explain(
+                    "model.blocks",
+                    expected=f"an nn.ModuleList of depth={self.depth} blocks",
+                    got=f"{len(blocks)} blocks" if isinstance(blocks, nn.ModuleList) else type(blocks).__name__,
+                    do="Set depth= to the model's, or pass blocks=.",
+                )
+            )
+        if len(self.projectors):
+            self.taps.install(model, blocks)
+        model.vrpo = self
+        return self
+
+    def detach(self, model: nn.Module) -> None:
+        """Removes the taps and ``model.vrpo``; the model is then as it was.
+
+        Raises:
+            HostNotFoundError: this aligner is not attached to the model.
+        """
+        if getattr(model, "vrpo", None) is not self:
+            raise HostNotFoundError(
+                explain("model.vrpo", expected="this aligner", got="none or another", do="Detach its own model.")
+            )
+        del model.vrpo
+        self.taps.uninstall(model)
+
+    def forward(
+        self,
+        z: Tensor | Sequence[Tensor],
+        *,
+        x0: Tensor | None = None,
+        x_t: Tensor | None = None,
+        t: Tensor | None = None,
+        velocity: Tensor | None = None,
+        x0_hat: Tensor | None = None,
+        hidden: Tensor | Sequence[Tensor] | None = None,
+        y: Tensor | None = None,
+        step: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> VRPOOutput:
+        """Rewards of one batch and the loss they give (equation 16).
+
+        Args:
+            z: frozen tokens of the clean images, (B, N, D) or one per encoder.
+            x0: clean latents (B, C, H, W).
+            x_t: noisy latents (B, C, H, W).
+            t: times (B,), 0 = data, 1 = noise.
+            velocity: the model's prediction (B, C, H, W), pointing from data to noise; gives x0_hat.
+            x0_hat: clean estimates (B, C, H, W), for models of another parametrisation.
+            hidden: tokens (B, N, hidden_dim) per tapped block; by default what the taps kept.
+            y: labels (B,), passed on to your rewards.
+            step: training step; by default the calls in training mode are counted.
+            generator: for black-box rewards.
+
+        Returns:
+            :class:`VRPOOutput`.
+
+        Raises:
+            ShapeError: on the first call, where shapes do not fit together.
+            HostNotFoundError: the taps did not fire.
+            ConfigError: a black-box reward without ``generator``.
+        """
+        targets = (z,) if isinstance(z, Tensor) else tuple(z)
+        tokens = self._hidden_tokens(hidden)
+        if not self._checked:
+            batch = check_targets(targets, self.target_dims)
+            if tokens:
+                check_hidden(tokens, batch, self.layers, self.hidden_dim)
+            if self.generation is not None:
+                check_latents(batch, x0=x0, x_t=x_t, t=t, estimate=velocity if x0_hat is None else x0_hat)
+                if self.config.group == "noise":
+                    say_group_sizes(batch, self.config.group_size)
+            self._checked = True
+        if self.training:
+            self.step += 1
+        if self.config.target_norm == "spatial":
+            targets = tuple(spatial_normalize(target) for target in targets)
+        zero = torch.zeros((), device=targets[0].device)
+        features_loss, metrics, rewards = zero, {}, {}
+        if tokens:
+            reward = self._features_reward(tokens, targets)
+            features_loss = -reward.mean()
+            rewards["semantic_features"] = reward.detach()
+            metrics["vrpo/align_cos"] = reward.detach().mean()
+        generated = None
+        if self.generation is not None:
+            assert x0 is not None and x_t is not None and t is not None  # the first call has checked
+            if x0_hat is None:
+                assert velocity is not None
+                x0_hat = clean_estimate(promote(x_t), promote(velocity), t, self.config.path_type)
+            on_grid = tuple(_resample(target, self.token_grid) for target in targets)
+            generated = self.generation(RewardState(x0_hat, x0, x_t, t, on_grid, y, step), generator)
+        policy_loss = self.config.proj_coeff * self._release(step) * features_loss
+        loss = policy_loss
+        if generated is not None:
+            policy_loss = policy_loss + self.config.reward_coeff * generated.loss
+            loss = policy_loss + self.config.critic_coeff * generated.critic_loss
+        return VRPOOutput(
+            loss=loss,
+            policy_loss=policy_loss,
+            features_loss=features_loss,
+            generation_loss=generated.loss if generated else zero,
+            critic_loss=generated.critic_loss if generated else zero,
+            rewards=rewards | (generated.rewards if generated else {}),
+            weights=generated.weights if generated else {},
+            advantages=generated.advantages if generated else zero.new_zeros(len(targets[0])),
+            metrics=metrics | (generated.metrics if generated else {}),
+        )
+
+    def _hidden_tokens(self, hidden: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+        if not len(self.projectors):
+            return ()
+        if hidden is None:
+            return self.taps.take()
+        return (hidden,) if isinstance(hidden, Tensor) else tuple(hidden)
+
+    def _features_reward(self, tokens: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> Tensor:
+        """Mean cosine (B,) over taps and encoders (equation 3)."""
+        rewards = []
+        for i, hidden in enumerate(tokens):
+            grid = square_grid(hidden.shape[1])
+            for j, target in enumerate(targets):
+                z_tilde = self.projectors[i * len(targets) + j](hidden)
+                rewards.append(cosine_alignment(z_tilde, _resample(target, grid)))
+        return torch.stack(rewards).mean(0)
+
+    def _release(self, step: int | None) -> Tensor | float:
+        """Share of the features part that is left (equation 17); a tensor where the aligner counts itself."""
+        if self.config.release == "none":
+            return 1.0
+        done = (self.step - 1 if step is None else step) / self.config.release_steps
+        if self.config.release == "linear":
+            return torch.clamp(1 - done, 0, 1) if isinstance(done, Tensor) else min(max(1 - done, 0.0), 1.0)
+        return (done < 1).float() if isinstance(done, Tensor) else float(done < 1)
+
+
+def _resample(z: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    if grid is None or z.shape[1] == grid[0] * grid[1]:
+        return z
+    return resample_tokens(z, square_grid(z.shape[1]), grid)
+
+
+def _refuse(name: str, expected: str, got: object) -> NoReturn:
+    raise ConfigError(explain(name, expected=expected, got=repr(got), do="Correct it."))

@@ -1,0 +1,300 @@
+"""The generation readout: rewards of the one-step clean estimate, and the policy loss they give."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from vrpo_plugin.config import BUILTIN_REWARDS, VRPOConfig
+from vrpo_plugin.errors import ConfigError, ShapeError, explain
+from vrpo_plugin.functional.advantages import GroupMoments, combine_rewards, group_moments
+from vrpo_plugin.functional.groups import Groups, image_groups, noise_strata
+from vrpo_plugin.functional.policy import gaussian_log_prob, pathwise_policy_loss, score_function_loss
+from vrpo_plugin.functional.rewards import RewardState, feature_distance, fidelity_reward, semantic_reward
+from vrpo_plugin.functional.weights import inverse_variance_weights
+from vrpo_plugin.modules.critic import CriticOutput, LatentCritic
+from vrpo_plugin.modules.statistics import RewardStatistics
+
+Reward = Callable[[RewardState], Tensor | tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class GenerationOutput:
+    """Losses and records of the generation readout; ``VRPOOutput`` gives the shapes."""
+
+    loss: Tensor
+    critic_loss: Tensor
+    rewards: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    advantages: Tensor
+    metrics: dict[str, Tensor]
+
+
+class GenerationReadout(nn.Module):
+    """Scores x0_hat, compares within groups, weighs, and returns the policy loss (equations 4 to 15).
+
+    Args:
+        config: the objective.
+        critic: None where no reward needs one.
+        rewards: differentiable rewards of the user, name to callable.
+        black_box_rewards: rewards without a gradient, name to callable.
+
+    Raises:
+        ConfigError: two rewards share a name, or fixed weights do not name exactly the rewards.
+    """
+
+    shares: Tensor | None
+
+    def __init__(
+        self,
+        config: VRPOConfig,
+        critic: LatentCritic | None,
+        rewards: Mapping[str, Reward],
+        black_box_rewards: Mapping[str, Reward],
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.critic = critic
+        # Plain dicts, not modules: frozen networks must not reach the EMA, the optimizer or the checkpoint.
+        self.custom_rewards, self.black_box_rewards = dict(rewards), dict(black_box_rewards)
+        clash = ({*rewards, *black_box_rewards} & {*BUILTIN_REWARDS}) | ({*rewards} & {*black_box_rewards})
+        if clash:
+            raise ConfigError(
+                explain("rewards", expected="distinct names", got=sorted(clash), do="Rename your reward.")
+            )
+        self.pathwise_names = (*config.rewards, *rewards)
+        self.names = (*self.pathwise_names, *black_box_rewards)
+        self.watched = self.names if "fidelity" in self.names else (*self.names, "fidelity")
+        self.statistics = RewardStatistics(len(self.watched), decay=config.variance_decay)
+        self.register_buffer("shares", self._fixed_shares(), persistent=False)
+
+    def _fixed_shares(self) -> Tensor | None:
+        if self.config.reward_weights == "inverse_variance":
+            return None
+        shares = dict(self.config.reward_weights)
+        if set(shares) != set(self.names):
+            raise ConfigError(
+                explain(
+                    "reward_weights",
+                    expected=f"one share for each of {self.names}",
+                    got=shares,
+                    do="Name every reward.",
+                )
+            )
+        values = torch.tensor([shares[name] for name in self.names])
+        return rearrange(values / values.sum(), "k -> k 1 1")
+
+    def forward(self, state: RewardState, generator: torch.Generator | None = None) -> GenerationOutput:
+        """Scores a batch.
+
+        Args:
+            state: what the rewards look at; samples that are not finite are left out.
+            generator: for the policy's actions, needed with black-box rewards.
+
+        Raises:
+            ConfigError: black-box rewards without a generator.
+            ShapeError: a reward is not (B,).
+        """
+        state, sound = _without_nonfinite(state)
+        critic_loss, clean, agreement = self._learn(state, sound)
+        values = self._pathwise_rewards(state, clean)
+        action = self._draw_action(state, generator) if self.black_box_rewards else None
+        with torch.no_grad():
+            rewards = self._all_rewards(values, state, action)
+            valid = torch.isfinite(rewards) & sound
+            groups = self._groups(state)
+            moments = group_moments(groups.split(torch.where(valid, rewards, torch.nan)), mask=groups.mask)
+            self._remember(state.t, groups, moments, valid)
+            weights = self._weights(state.t, groups, moments)
+            advantages, coefficients = self._combine(moments, weights, slice(0, len(self.names)))
+            coefficients = groups.join(coefficients.expand(-1, *groups.index.shape))
+        split = len(self.pathwise_names)
+        loss = pathwise_policy_loss(values, coefficients[:split], valid=valid[:split])
+        if action is not None:
+            black_box = slice(split, len(self.names))
+            advantage, _ = self._combine(moments, weights[black_box], black_box)
+            log_probs = gaussian_log_prob(action, state.x0_hat, self.config.action_std)
+            loss = loss + score_function_loss(
+                log_probs,
+                log_probs.detach(),
+                groups.join(advantage),
+                epsilon=self.config.epsilon,
+                valid=valid[black_box].any(0),
+            )
+        return GenerationOutput(
+            loss=loss,
+            critic_loss=critic_loss,
+            rewards=dict(zip(self.watched, rewards, strict=True)),
+            weights=dict(zip(self.names, weights.squeeze(-1), strict=True)),
+            advantages=groups.join(advantages),
+            metrics=self._metrics(rewards, valid, moments, weights, advantages, sound) | agreement,
+        )
+
+    def _learn(self, state: RewardState, sound: Tensor) -> tuple[Tensor, CriticOutput | None, dict[str, Tensor]]:
+        """The critic's regression on clean latents, the only place where its weights get a gradient."""
+        zero = state.x0_hat.new_zeros((), dtype=torch.float32)
+        if self.critic is None:
+            return zero, None, {}
+        trainable = self.config.critic_trainable
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trainable):
+            clean = self.critic(state.x0)
+            cosine = _masked_mean(semantic_reward(clean.tokens, state.z), sound)
+        return (1 - cosine if trainable else zero), clean, {"vrpo/critic_cos": cosine.detach()}
+
+    def _pathwise_rewards(self, state: RewardState, clean: CriticOutput | None) -> Tensor:
+        """Differentiable rewards (K, B); NaN where a reward did not score a sample."""
+        built_in: dict[str, Tensor] = {}
+        if self.critic is not None and clean is not None:
+            # Detached weights: the generator cannot teach its critic leniency.
+            frozen = {name: p.detach() for name, p in self.critic.named_parameters()}
+            seen = functional_call(self.critic, frozen, (state.x0_hat,))
+            built_in["semantic"] = semantic_reward(seen.tokens, state.z)
+            built_in["perceptual"] = -feature_distance(seen.features, [f.detach() for f in clean.features])
+        if "fidelity" in self.pathwise_names:
+            built_in["fidelity"] = fidelity_reward(state.x0_hat, state.x0)
+        values = [built_in[name] for name in self.config.rewards]
+        if self.custom_rewards:
+            values += self._custom_rewards(state)
+        return torch.stack(values) if values else state.x0_hat.new_zeros((0, len(state.t)), dtype=torch.float32)
+
+    def _custom_rewards(self, state: RewardState) -> list[Tensor]:
+        x0_hat = state.x0_hat.view_as(state.x0_hat)
+        if x0_hat.requires_grad:
+            # A reward that is NaN is left out of the loss, and 0 times its gradient would be NaN again.
+            x0_hat.register_hook(lambda grad: torch.where(torch.isfinite(grad), grad, 0))
+        state = replace(state, x0_hat=x0_hat)
+        values = []
+        for name, reward in self.custom_rewards.items():
+            value, scored = _call_reward(name, reward, state)
+            if x0_hat.requires_grad and not value.requires_grad:
+                raise ConfigError(
+                    explain(
+                        f"reward {name!r}",
+                        expected="a value with a gradient to state.x0_hat",
+                        got="none",
+                        do="Pass it in black_box_rewards=.",
+                    )
+                )
+            values.append(value if scored is None else torch.where(scored, value, torch.nan))
+        return values
+
+    def _draw_action(self, state: RewardState, generator: torch.Generator | None) -> Tensor:
+        if generator is None:
+            raise ConfigError(
+                explain(
+                    "generator",
+                    expected="a torch.Generator, for the actions that black-box rewards score",
+                    got=None,
+                    do="Pass aligner(..., generator=torch.Generator(device).manual_seed(seed)).",
+                )
+            )
+        mean = state.x0_hat.detach()
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        return mean + self.config.action_std * noise
+
+    def _all_rewards(self, values: Tensor, state: RewardState, action: Tensor | None) -> Tensor:
+        """Every watched reward (K, B), without gradient, in the order of ``watched``."""
+        rows = [values.detach()]
+        if action is not None:
+            acted = replace(state, x0_hat=action)
+            for name, reward in self.black_box_rewards.items():
+                value, scored = _call_reward(name, reward, acted)
+                rows.append((value if scored is None else torch.where(scored, value, torch.nan))[None])
+        if "fidelity" not in self.names:
+            rows.append(fidelity_reward(state.x0_hat, state.x0)[None])
+        return torch.cat(rows)
+
+    def _groups(self, state: RewardState) -> Groups:
+        if self.config.group == "image":
+            return image_groups(len(state.t), self.config.group_size, device=state.t.device)
+        return noise_strata(state.t, self.config.group_size)
+
+    def _remember(self, t: Tensor, groups: Groups, moments: GroupMoments, valid: Tensor) -> None:
+        if not self.training:
+            return
+        unbiased = moments.count / (moments.count - 1).clamp(min=1)
+        comparable = groups.join((moments.count >= 2).expand_as(moments.deviation))
+        self.statistics.update(t, groups.join(moments.deviation.square() * unbiased), valid & comparable)
+
+    def _weights(self, t: Tensor, groups: Groups, moments: GroupMoments) -> Tensor:
+        """Weights (K, S, 1) of the optimised rewards."""
+        count = len(self.names)
+        if self.shares is not None:
+            return self.shares.expand(count, len(groups.index), 1)
+        variance = groups.split(self.statistics.variance(t))[:count]
+        variance = torch.where(groups.mask, variance, 0).sum(-1, keepdim=True) / groups.mask.sum(-1, keepdim=True)
+        variance = torch.where(torch.isnan(variance), moments.variance[:count], variance)
+        return inverse_variance_weights(variance, floor=self.config.variance_floor, cap=self.config.weight_cap)
+
+    def _combine(self, moments: GroupMoments, weights: Tensor, which: slice) -> tuple[Tensor, Tensor]:
+        chosen = GroupMoments(**{f.name: getattr(moments, f.name)[which] for f in fields(moments)})
+        return combine_rewards(
+            chosen,
+            weights,
+            scale=self.config.scale,
+            aggregation=self.config.aggregation,
+            eps=self.config.scale_eps,
+        )
+
+    def _metrics(
+        self,
+        rewards: Tensor,
+        valid: Tensor,
+        moments: GroupMoments,
+        weights: Tensor,
+        advantages: Tensor,
+        sound: Tensor,
+    ) -> dict[str, Tensor]:
+        means = torch.where(valid, rewards, 0).sum(1) / valid.sum(1)
+        stds = moments.variance.mean((1, 2)).sqrt()
+        metrics = {f"vrpo/reward/{n}": m for n, m in zip(self.watched, means, strict=True)}
+        metrics |= {f"vrpo/std/{n}": s for n, s in zip(self.watched, stds, strict=True)}
+        metrics |= {f"vrpo/weight/{n}": w for n, w in zip(self.names, weights.mean((1, 2)), strict=True)}
+        metrics["vrpo/advantage_abs"] = advantages.abs().sum() / valid[0].numel()
+        metrics["vrpo/frac_reward_zero_std"] = 1 - moments.live[: len(self.names)].any(0).float().mean()
+        metrics["vrpo/nonfinite"] = (~sound).sum().float()
+        return metrics
+
+
+def _call_reward(name: str, reward: Reward, state: RewardState) -> tuple[Tensor, Tensor | None]:
+    result = reward(state)
+    value, scored = result if isinstance(result, tuple) else (result, None)
+    if value.shape != state.t.shape or (scored is not None and scored.shape != state.t.shape):
+        raise ShapeError(
+            explain(
+                f"reward {name!r}",
+                expected=f"values (B={len(state.t)},), higher is better, and an optional mask of that shape",
+                got=tuple(value.shape),
+                do="Return one value per sample.",
+            )
+        )
+    return value, scored
+
+
+def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
+
+
+def _without_nonfinite(state: RewardState) -> tuple[RewardState, Tensor]:
+    """Zeros samples that hold NaN or inf, so that no NaN enters a backward pass, and says which are sound."""
+    tensors = (state.x0_hat, state.x0, state.x_t, *state.z)
+    # A sum is finite only if its terms are, and reads the tensor once without a temporary.
+    sums = torch.stack([x.detach().flatten(1).sum(1, dtype=torch.float32) for x in tensors])
+    sound = torch.isfinite(sums).all(0)
+
+    def clean(x: Tensor) -> Tensor:
+        return torch.where(sound.reshape(-1, *(1 for _ in x.shape[1:])), x, 0)
+
+    return (
+        replace(
+            state,
+            x0_hat=clean(state.x0_hat),
+            x0=clean(state.x0),
+            x_t=clean(state.x_t),
+            z=tuple(clean(z) for z in state.z),
+        ),
+        sound,
+    )

@@ -1,0 +1,113 @@
+"""Taps: forward hooks that keep the hidden tokens of chosen blocks until the aligner takes them."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vrpo_plugin.errors import ConfigError, HostNotFoundError, explain
+
+
+def resolve_layers(
+    layers: Literal["early", "middle", "all"] | Sequence[int], depth: int, *, encoder_depth: int | None = None
+) -> tuple[int, ...]:
+    """Names of layers to 1-based block numbers, as REPA counts them.
+
+    Args:
+        layers: ``early`` (``encoder_depth`` where given, else a third of the depth), ``middle``, ``all``, or
+            explicit numbers.
+        depth: number of blocks.
+        encoder_depth: the host's own aligned block, 1-based.
+
+    Returns:
+        Ascending block numbers.
+
+    Raises:
+        ConfigError: a block does not exist or is named twice.
+
+    Source: REPA's ``--encoder-depth``; VRPO, arXiv 2606.00583, table 5, for early / middle / all.
+    """
+    if layers == "all":
+        return tuple(range(1, depth + 1))
+    if layers == "middle":
+        return (max(1, round(depth / 2)),)
+    chosen = (encoder_depth or max(1, round(depth / 3)),) if layers == "early" else tuple(layers)
+    if not chosen or any(not 1 <= i <= depth for i in chosen) or len(set(chosen)) != len(chosen):
+        raise ConfigError(
+            explain(
+                "layers",
+                expected=f"distinct block numbers from 1 to {depth}",
+                got=chosen,
+                do='Choose such blocks, or "early".',
+            )
+        )
+    return tuple(sorted(chosen))
+
+
+class Tap:
+    """Keeps one block's output. Its hook is a bound method, so that a deep copy of the model has its own."""
+
+    def __init__(self) -> None:
+        self.hidden: Tensor | None = None
+        self.armed = False
+
+    def capture(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.armed:
+            self.hidden = output
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A kept activation is no leaf, and deepcopy refuses those.
+        return {"hidden": None, "armed": False}
+
+
+class Taps:
+    """The taps of one model.
+
+    They fire only in a call of the model itself with gradients on, so sampling and previews leave nothing
+    behind, and only once per call, so that activation checkpointing's second run does not either.
+
+    Args:
+        layers: 1-based block numbers.
+    """
+
+    def __init__(self, layers: tuple[int, ...]) -> None:
+        self.layers = layers
+        self.taps = [Tap() for _ in layers]
+
+    def install(self, model: nn.Module, blocks: nn.ModuleList) -> None:
+        model.register_forward_pre_hook(self.arm)
+        for layer, tap in zip(self.layers, self.taps, strict=True):
+            blocks[layer - 1].register_forward_hook(tap.capture)
+
+    def uninstall(self, model: nn.Module) -> None:
+        owners = {id(self), *(id(tap) for tap in self.taps)}
+        for module in model.modules():
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                for key in [k for k, hook in hooks.items() if id(getattr(hook, "__self__", None)) in owners]:
+                    del hooks[key]
+
+    def arm(self, module: nn.Module, args: Any) -> None:
+        armed = torch.is_grad_enabled()
+        for tap in self.taps:
+            tap.armed, tap.hidden = armed, None
+
+    def take(self) -> tuple[Tensor, ...]:
+        """The kept tokens, one (B, N, D) per tap, which are forgotten here.
+
+        Raises:
+            HostNotFoundError: a tap has not fired since the last call.
+        """
+        hidden = tuple(tap.hidden for tap in self.taps if tap.hidden is not None)
+        for tap in self.taps:
+            tap.armed, tap.hidden = False, None
+        if len(hidden) != len(self.taps):
+            raise HostNotFoundError(
+                explain(
+                    "hidden tokens",
+                    expected=f"blocks {self.layers} to have run with gradients since the last call",
+                    got=f"{len(hidden)} of {len(self.taps)} taps fired",
+                    do="Call aligner.attach(model) once, then model(...) before aligner(...); or pass hidden=.",
+                )
+            )
+        return hidden
