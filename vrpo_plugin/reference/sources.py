@@ -1,0 +1,366 @@
+"""Where training images come from: bundled digits, folders of images, and REPA's layout of cached latents."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from vrpo_plugin.errors import ConfigError, DataError, explain
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Shape = tuple[int, ...]
+
+
+class Source(Protocol):
+    """Labelled images, read one at a time; for pixel models ``latent_shape`` is ``image_shape``."""
+
+    num_classes: int
+    image_shape: Shape
+    latent_shape: Shape
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int) -> tuple[Tensor, Tensor | None, int]:
+        """Image uint8 (C, H, W); moments [mean | std] float32 (2C', H', W') or None for pixels; label."""
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change with names, labels and file sizes (of large folders, 1,000 sizes)."""
+
+
+class DigitsSource:
+    """The 1,797 handwritten digits that scikit-learn bundles, (1, size, size), upsampled bilinearly from 8x8.
+
+    Args:
+        size: side in pixels, at least 8.
+
+    Raises:
+        ConfigError: ``size`` is under 8.
+
+    Source: UCI, Optical Recognition of Handwritten Digits, test part; values 0..16 become 0..255.
+    """
+
+    num_classes = 10
+
+    def __init__(self, size: int = 8) -> None:
+        from sklearn.datasets import load_digits
+
+        if size < 8:
+            raise ConfigError(explain("size", expected="at least 8", got=size, do="The digits are 8x8 images."))
+        digits = load_digits()
+        images = rearrange(torch.from_numpy(digits.images).float() * (255 / 16), "n h w -> n 1 h w")
+        self._images = F.interpolate(images, size=(size, size), mode="bilinear").round().to(torch.uint8)
+        self._labels = digits.target.astype(np.int64)
+        self.image_shape: Shape = (1, size, size)
+        self.latent_shape: Shape = self.image_shape
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def load(self, index: int) -> tuple[Tensor, Tensor | None, int]:
+        """See :meth:`Source.load`."""
+        return self._images[index], None, int(self._labels[index])
+
+    def fingerprint(self) -> str:
+        """See :meth:`Source.fingerprint`."""
+        return _digest([self._images.numpy().tobytes(), self._labels.tobytes()])
+
+
+class ImageFolderSource:
+    """Class folders as ``torchvision.datasets.ImageFolder`` reads them, or one flat folder as one class.
+
+    Args:
+        root: the folder.
+        resolution: side in pixels; see :func:`center_crop`.
+        channels: 3 (colour) or 1 (grey).
+
+    Raises:
+        ConfigError: ``resolution`` is not positive, or ``channels`` is neither 1 nor 3.
+        DataError: no folder, no image, an empty class folder, or images beside class folders.
+    """
+
+    def __init__(self, root: str | Path, resolution: int, channels: int = 3) -> None:
+        from torchvision.datasets import ImageFolder
+        from torchvision.datasets.folder import IMG_EXTENSIONS
+
+        if channels not in (1, 3) or resolution < 1:
+            got = f"resolution {resolution}, channels {channels}"
+            expected = "a positive resolution and 1 or 3 channels"
+            raise ConfigError(explain("images", expected=expected, got=got, do="Correct the setting."))
+        root = Path(root)
+        entries = _entries(root)
+        names = sorted(e.name for e in entries if e.is_file() and e.name.lower().endswith(IMG_EXTENSIONS))
+        labels, self.num_classes = [0] * len(names), 1
+        if any(entry.is_dir() for entry in entries):
+            if names:
+                got = f"{names[0]} beside class folders"
+                raise data_error(root, "class folders or a flat folder", got, "Move the images into a class.")
+            try:
+                folder = ImageFolder(str(root))
+            except FileNotFoundError as error:
+                raise data_error(root, "images in each class folder", error, "Remove empty folders.") from error
+            prefix = len(os.path.join(root, ""))
+            names, labels = [path[prefix:] for path, _ in folder.samples], folder.targets
+            self.num_classes = len(folder.classes)
+        self._files, self._labels = _FileList(root, names), np.array(labels, np.int64)
+        self.image_shape: Shape = (channels, resolution, resolution)
+        self.latent_shape: Shape = self.image_shape
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def load(self, index: int) -> tuple[Tensor, Tensor | None, int]:
+        """See :meth:`Source.load`."""
+        image = _open_image(self._files.path(index)).convert("RGB" if self.image_shape[0] == 3 else "L")
+        return _to_tensor(np.array(center_crop(image, self.image_shape[1]))), None, int(self._labels[index])
+
+    def fingerprint(self) -> str:
+        """See :meth:`Source.fingerprint`."""
+        return _digest([repr(self.image_shape).encode(), *self._files.parts(), self._labels.tobytes()])
+
+
+class RepaSource:
+    """REPA's layout: ``images/**`` (images or npy), ``vae-sd/**.npy``, labels in ``vae-sd/dataset.json``.
+
+    Images and features are paired by their sorted names, as REPA pairs them; names need not be equal.
+
+    Args:
+        root: the folder that holds ``images`` and ``vae-sd``.
+
+    Raises:
+        DataError: a folder is missing or empty, the counts differ, a label is missing, a first file is bad.
+
+    Source: REPA@67f7145:dataset.py, CustomDataset.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        from PIL import Image
+
+        Image.init()
+        images, features = Path(root) / "images", Path(root) / "vae-sd"
+        self._images = _FileList(images, _names_below(images, (*Image.EXTENSION, ".npy")))
+        names = _names_below(features, (".npy",))
+        self._features = _FileList(features, names)
+        if len(self._images) != len(self._features):
+            got = f"{len(self._images)} images and {len(self._features)} features"
+            raise data_error(Path(root), "as many images as features", got, "Encode the images again.")
+        self._labels = _read_labels(features / "dataset.json", names)
+        self.num_classes = int(self._labels.max()) + 1
+        self.image_shape: Shape = tuple(_read_image(self._images.path(0)).shape)
+        channels, *sides = _read_moments(self._features.path(0)).shape
+        self.latent_shape: Shape = (channels // 2, *sides)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def load(self, index: int) -> tuple[Tensor, Tensor | None, int]:
+        """See :meth:`Source.load`."""
+        image_path, feature_path = self._images.path(index), self._features.path(index)
+        image, moments = _read_image(image_path), _read_moments(feature_path)
+        channels, *sides = self.latent_shape
+        for path, tensor, shape in (
+            (image_path, image, self.image_shape),
+            (feature_path, moments, (2 * channels, *sides)),
+        ):
+            if tensor.shape != shape:
+                do = "Bring all files to one size."
+                raise data_error(path, f"{shape} as in the first file", tuple(tensor.shape), do)
+        return image, moments, int(self._labels[index])
+
+    def fingerprint(self) -> str:
+        """See :meth:`Source.fingerprint`."""
+        return _digest([*self._images.parts(), *self._features.parts(), self._labels.tobytes()])
+
+
+def open_source(data_dir: str | Path | None, resolution: int | None = None) -> Source:
+    """Chooses a source: no folder, the digits; a ``vae-sd`` folder in it, REPA's layout; else image folders.
+
+    Args:
+        data_dir: the data, or None.
+        resolution: side of the images in pixels; None means 8 for the digits and as stored for REPA's layout.
+
+    Returns:
+        The source.
+
+    Raises:
+        ConfigError: image folders without a resolution.
+        DataError: nothing at ``data_dir``, unusable data, or REPA's layout with images of another resolution.
+    """
+    if data_dir is None:
+        return DigitsSource(8 if resolution is None else resolution)
+    root = Path(data_dir)
+    _entries(root)
+    if (root / "vae-sd").is_dir():
+        source = RepaSource(root)
+        if resolution is not None and source.image_shape[1:] != (resolution, resolution):
+            got = f"{source.image_shape[1]}x{source.image_shape[2]}"
+            raise data_error(root / "images", f"{resolution}x{resolution} pixels", got, "Change the resolution.")
+        return source
+    if resolution is None:
+        do = "Name the side in pixels to which images are brought."
+        raise ConfigError(explain("resolution", expected="a number", got=None, do=do))
+    return ImageFolderSource(root, resolution)
+
+
+def all_images(source: Source, limit: int | None = None) -> tuple[Tensor, Tensor]:
+    """All images of a source in one tensor, for evaluation.
+
+    Args:
+        source: see :class:`Source`.
+        limit: at most so many, evenly spaced.
+
+    Returns:
+        Images uint8 (N, C, H, W) and labels int64 (N,).
+
+    Raises:
+        ConfigError: ``limit`` is not positive.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(explain("limit", expected="a positive number", got=limit, do="Pass None for all."))
+    items = [source.load(index) for index in _evenly_spaced(len(source), limit or len(source))]
+    return torch.stack([image for image, _, _ in items]), torch.tensor([label for _, _, label in items])
+
+
+def center_crop(image: "Image.Image", size: int) -> "Image.Image":
+    """Halves by box filter while the short side is at least twice ``size``, resizes bicubically, crops.
+
+    Args:
+        image: of 8 bits per channel.
+        size: side of the result in pixels.
+
+    Returns:
+        The centre, ``size`` x ``size``.
+
+    Source: ADM, openai/guided-diffusion@8fb3ad9:guided_diffusion/image_datasets.py.
+    """
+    from PIL.Image import Resampling
+
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+class _FileList:
+    """Relative names under a folder, in one array: reference counts of a list of strings would copy the list
+    into every worker.
+    """
+
+    def __init__(self, root: Path, names: Sequence[str]) -> None:
+        if not names:
+            raise data_error(root, "images or npy files", "none", "Point at the folder that holds the data.")
+        self._root, self._names = root, np.array([os.fsencode(name) for name in names])
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def path(self, index: int) -> Path:
+        return self._root / os.fsdecode(self._names[index])
+
+    def parts(self) -> list[bytes]:
+        # One stat per file would take minutes on a network file system.
+        sizes = [self.path(index).stat().st_size for index in _evenly_spaced(len(self), 1000)]
+        return [b"\0".join(self._names.tolist()), repr(sizes).encode()]
+
+
+def _evenly_spaced(count: int, limit: int) -> list[int]:
+    taken = min(count, limit)
+    return [i * count // taken for i in range(taken)]
+
+
+def _entries(root: Path) -> list[os.DirEntry[str]]:
+    try:
+        return list(os.scandir(root))
+    except OSError as error:
+        raise data_error(root, "a readable folder", error.strerror, "Check the path.") from error
+
+
+def _names_below(root: Path, extensions: Sequence[str]) -> list[str]:
+    _entries(root)
+    names = []
+    for folder, _, files in os.walk(root):
+        prefix = os.path.relpath(folder, root)
+        kept = [name for name in files if os.path.splitext(name)[1].lower() in extensions]
+        names += kept if prefix == os.curdir else [os.path.join(prefix, name) for name in kept]
+    return sorted(names)
+
+
+def _read_labels(path: Path, names: Sequence[str]) -> np.ndarray:
+    try:
+        labels = dict(json.loads(path.read_text(encoding="utf-8"))["labels"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        expected = '{"labels": [[file name, class], ...]}'
+        raise data_error(path, expected, error, "Encode the images with their classes.") from error
+    values = [labels.get(name.replace(os.sep, "/")) for name in names]
+    for name, value in zip(names, values, strict=True):
+        if type(value) is not int or value < 0:
+            raise data_error(path, f"a class number >= 0 for {name}", value, "Encode the images again.")
+    return np.array(values, np.int64)
+
+
+def _open_image(path: Path) -> "Image.Image":
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise data_error(path, "a readable image", error, "Replace or remove the file.") from error
+    if image.mode.startswith(("I", "F")):
+        raise data_error(path, "8 bits per channel", f"mode {image.mode}", "Convert the image to 8 bits.")
+    return image
+
+
+def _read_image(path: Path) -> Tensor:
+    if path.suffix.lower() != ".npy":
+        image = _open_image(path)
+        return _to_tensor(np.array(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")))
+    array = _read_array(path)
+    if array.dtype != np.uint8 or array.ndim < 2:
+        raise data_error(path, "uint8 (C, H, W)", f"{array.dtype} {array.shape}", "Convert the file.")
+    return torch.from_numpy(array.reshape(-1, *array.shape[-2:]))
+
+
+def _read_moments(path: Path) -> Tensor:
+    array = _read_array(path)
+    array = array[0] if array.ndim == 4 and len(array) == 1 else array
+    if array.ndim != 3 or len(array) % 2 or array.dtype.kind != "f":
+        expected = "floating [mean | std] moments (2C, H, W)"
+        raise data_error(path, expected, f"{array.dtype} {array.shape}", "Encode the image again.")
+    if not np.isfinite(array).all():
+        raise data_error(path, "finite moments", "inf or nan", "Encode the image again.")
+    return torch.from_numpy(array.astype(np.float32))
+
+
+def _read_array(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise data_error(path, "a readable npy file", error, "Replace or remove the file.") from error
+
+
+def _to_tensor(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)))
+
+
+def _digest(parts: Sequence[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()[:16]
+
+
+def data_error(where: str | Path, expected: object, got: object, do: str) -> DataError:
+    """A DataError that names the file or folder."""
+    return DataError(explain(str(where), expected=expected, got=got, do=do))
