@@ -1,11 +1,12 @@
-"""The one configuration of the objective. Standard library only, so that launchers can read it without torch."""
+"""The one configuration of the objective. Standard library only."""
 
 import difflib
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from vrpo_plugin.errors import ConfigError, explain
 
@@ -107,10 +108,10 @@ class VRPOConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        if isinstance(self.reward_weights, Mapping):
-            object.__setattr__(self, "reward_weights", tuple(sorted(self.reward_weights.items())))
-        elif isinstance(self.reward_weights, list):
-            object.__setattr__(self, "reward_weights", tuple((k, v) for k, v in self.reward_weights))
+        if not isinstance(self.reward_weights, str):
+            object.__setattr__(self, "reward_weights", _sorted_shares(self.reward_weights))
+        if isinstance(self.critic_checkpoint, os.PathLike):
+            object.__setattr__(self, "critic_checkpoint", os.fspath(self.critic_checkpoint))
         for name in ("rewards", "layers"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -122,7 +123,8 @@ class VRPOConfig:
         for name, hint in get_type_hints(type(self)).items():
             value = getattr(self, name)
             options = [o for part in (hint, *get_args(hint)) if get_origin(part) is Literal for o in get_args(part)]
-            if options and not isinstance(value, tuple) and value not in options:
+            is_tuple = isinstance(value, tuple) and any(get_origin(part) is tuple for part in get_args(hint))
+            if options and not is_tuple and value not in options:
                 _fail(name, f"one of {options}", value)
 
     def _check_ranges(self) -> None:
@@ -154,8 +156,8 @@ class VRPOConfig:
             _fail("variance_decay", "in [0, 1)", self.variance_decay)
 
     def _check_consistency(self) -> None:
-        if not isinstance(self.rewards, tuple) or len(set(self.rewards)) != len(self.rewards):
-            _fail("rewards", "a tuple of distinct names", self.rewards)
+        if not isinstance(self.rewards, tuple):
+            _fail("rewards", "a tuple of names", self.rewards)
         for name in self.rewards:
             if name not in BUILTIN_REWARDS:
                 _fail(
@@ -164,6 +166,8 @@ class VRPOConfig:
                     name,
                     "Pass callables as VRPOAligner(rewards=...).",
                 )
+        if len(set(self.rewards)) != len(self.rewards):
+            _fail("rewards", "distinct names", self.rewards)
         if isinstance(self.layers, tuple) and not (
             self.layers and all(isinstance(i, int) and not isinstance(i, bool) and i >= 1 for i in self.layers)
         ):
@@ -180,6 +184,8 @@ class VRPOConfig:
                 or not sum(shares) > 0
             ):
                 _fail("reward_weights", "shares >= 0 with a sum > 0", self.reward_weights)
+        if not isinstance(self.critic_checkpoint, (str, type(None))):
+            _fail("critic_checkpoint", "a path or None", self.critic_checkpoint)
         if not self.critic_trainable and self.critic_checkpoint is None:
             _fail(
                 "critic_checkpoint",
@@ -205,5 +211,17 @@ class VRPOConfig:
         return values
 
 
-def _fail(name: str, expected: str, got: object, do: str = "Correct it.") -> None:
+def _sorted_shares(shares: Any) -> tuple[tuple[str, float], ...]:
+    """One order for every way of writing them, so that equal configurations compare equal."""
+    try:
+        named = dict(shares)
+        distinct = len(named) == len(shares) and all(isinstance(name, str) for name in named)
+    except (TypeError, ValueError):
+        distinct = False
+    if not distinct:
+        _fail("reward_weights", '"inverse_variance" or a mapping from distinct names to shares', shares)
+    return tuple(sorted(named.items()))
+
+
+def _fail(name: str, expected: str, got: object, do: str = "Correct it.") -> NoReturn:
     raise ConfigError(explain(name, expected=expected, got=repr(got), do=do))

@@ -59,8 +59,9 @@ def gaussian_log_prob(action: Tensor, mean: Tensor, std: float | Tensor) -> Tens
 
     Source: definition of the normal density.
     """
-    std = torch.as_tensor(std, dtype=promote(mean).dtype, device=mean.device)
-    log_prob = -0.5 * ((promote(action) - promote(mean)) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
+    # A number stays one: bringing it to the device would make the host wait.
+    log_std = promote(std).log() if isinstance(std, Tensor) else math.log(std)
+    log_prob = -0.5 * ((promote(action) - promote(mean)) / std).square() - log_std - 0.5 * math.log(2 * math.pi)
     return reduce(log_prob, "b ... -> b", "sum")
 
 
@@ -101,9 +102,10 @@ def score_function_loss(
                 do="Pass one advantage and one old log-probability per action.",
             )
         )
-    advantages = promote(advantages).detach()
-    ratio = (promote(log_probs) - promote(old_log_probs).detach()).exp()
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
     if valid is None:
-        return -surrogate.mean()
-    return -torch.where(valid, surrogate, 0).sum() / valid.sum().clamp(min=1)
+        valid = torch.ones_like(advantages, dtype=torch.bool)
+    # Before the product: 0 times the gradient of a NaN that is left out would be NaN again.
+    advantages = torch.where(valid, promote(advantages).detach(), 0)
+    ratio = torch.where(valid, promote(log_probs) - promote(old_log_probs).detach(), 0).exp()
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
+    return -surrogate.sum() / valid.sum().clamp(min=1)

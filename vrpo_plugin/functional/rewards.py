@@ -77,7 +77,7 @@ def feature_distance(features: Sequence[Tensor], reference: Sequence[Tensor], *,
     Args:
         features: feature maps (B, C_l, H_l, W_l), one per layer.
         reference: the same for the reference images.
-        eps: added to the norms, so that an all-zero position gives 0 and no NaN.
+        eps: smallest norm that is divided by, so that an all-zero position counts as 0 and gives no NaN.
 
     Returns:
         Distances (B,), in [0, 4].

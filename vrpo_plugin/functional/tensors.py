@@ -10,8 +10,8 @@ from vrpo_plugin.errors import ShapeError, explain
 
 
 def promote(x: Tensor) -> Tensor:
-    """Brings float16 and bfloat16 to float32 and leaves float32 and float64 as they are."""
-    return x.float() if x.dtype.itemsize < 4 else x
+    """Brings float16, bfloat16 and whole numbers to float32 and leaves float32 and float64 as they are."""
+    return x if x.is_floating_point() and x.dtype.itemsize >= 4 else x.float()
 
 
 def square_grid(tokens: int) -> tuple[int, int]:
@@ -42,7 +42,7 @@ def resample_tokens(z: Tensor, grid: tuple[int, int], target_grid: tuple[int, in
         target_grid: the wanted (h', w').
 
     Returns:
-        Tokens (B, h' * w', D); ``z`` itself where the grids agree.
+        Tokens (B, h' * w', D), in float32 at least; ``z`` itself where the grids agree.
 
     Raises:
         ShapeError: ``z`` has not h * w tokens.
@@ -51,6 +51,6 @@ def resample_tokens(z: Tensor, grid: tuple[int, int], target_grid: tuple[int, in
         raise ShapeError(explain("tokens", expected=f"{grid[0]} x {grid[1]}", got=z.shape[1], do="Give their grid."))
     if grid == target_grid:
         return z
-    maps = rearrange(z, "b (h w) d -> b d h w", h=grid[0])
+    maps = rearrange(promote(z), "b (h w) d -> b d h w", h=grid[0])
     maps = F.interpolate(maps, size=target_grid, mode="bilinear", antialias=True, align_corners=False)
     return rearrange(maps, "b d h w -> b (h w) d")

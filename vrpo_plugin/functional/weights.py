@@ -13,7 +13,7 @@ def inverse_variance_weights(variance: Tensor, *, floor: float = 1e-8, cap: floa
     With a cap, the minimiser of sum_k w_k^2 sigma_k^2 under sum_k w_k = 1 and w_k <= cap.
 
     Args:
-        variance: variance of each reward (K, ...), rewards first; 0 or NaN marks a reward that says nothing.
+        variance: variance of each reward (K, ...), rewards first; 0, NaN or inf marks a reward that says nothing.
         floor: smallest variance that is believed, in squared units of the reward.
         cap: largest weight, in (0, 1]; raised to 1 / (number of live rewards) where it is smaller.
 
@@ -33,7 +33,7 @@ def inverse_variance_weights(variance: Tensor, *, floor: float = 1e-8, cap: floa
     variance = promote(variance)
     live = torch.isfinite(variance) & (variance > 0)
     inverse = torch.where(live, 1 / variance.clamp(min=floor), 0)
-    limit = (1 / live.sum(0, keepdim=True).clamp(min=1)).to(variance.dtype).clamp(min=cap)
+    limit = (1 / live.sum(0, keepdim=True).clamp(min=1).to(variance.dtype)).clamp(min=cap)
     capped = torch.zeros_like(live)
     weights = inverse
     for _ in range(variance.shape[0]):  # over rewards: each round caps at least one or changes nothing

@@ -1,0 +1,53 @@
+import ast
+import pickle
+from pathlib import Path
+
+import pytest
+
+import vrpo_plugin
+from vrpo_plugin import errors
+from vrpo_plugin.errors import VRPOError, explain
+
+CLASSES = [value for value in vars(errors).values() if isinstance(value, type)]
+
+
+def bare_messages(source: str) -> list[int]:
+    """Lines that build an error of this package from anything but ``explain``."""
+    names = {cls.__name__ for cls in CLASSES}
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names:
+            argument = node.args[0] if len(node.args) == 1 else None
+            if not (isinstance(argument, ast.Call) and ast.unparse(argument.func) == "explain"):
+                lines.append(node.lineno)
+    return lines
+
+
+def test_message_has_three_parts() -> None:
+    message = explain("rewards", expected="(..., G=4)", got=(8, 3), do="Pass one reward per action.")
+    assert message == "rewards: expected (..., G=4), got (8, 3). Pass one reward per action."
+
+
+def test_every_message_of_the_package_has_three_parts() -> None:
+    root = Path(vrpo_plugin.__file__).parent
+    found = {str(path.relative_to(root)): bare_messages(path.read_text("utf-8")) for path in root.rglob("*.py")}
+    assert {path: lines for path, lines in found.items() if lines} == {}
+
+
+def test_a_bare_message_is_found() -> None:
+    assert bare_messages('raise ConfigError("no")\nraise ConfigError(explain(x))\nraise ShapeError()') == [1, 3]
+
+
+def test_errors_are_also_what_their_callers_catch() -> None:
+    kinds = {cls.__name__: cls.__mro__[1:] for cls in CLASSES}
+    for name in ("ConfigError", "ShapeError", "DataError"):
+        assert ValueError in kinds[name]
+    assert FileNotFoundError in kinds["WeightsNotFoundError"]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_every_error_is_public_and_survives_a_worker_process(cls: type[Exception]) -> None:
+    assert issubclass(cls, VRPOError)
+    assert getattr(vrpo_plugin, cls.__name__) is cls and cls.__name__ in vrpo_plugin.__all__
+    copy = pickle.loads(pickle.dumps(cls("a: expected b, got c. Do d.")))
+    assert type(copy) is cls and str(copy) == "a: expected b, got c. Do d."

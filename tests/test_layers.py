@@ -1,0 +1,196 @@
+"""The walls between the layers, read from the imports of every file."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import resolve_name
+from pathlib import Path
+
+import pytest
+
+import vrpo_plugin
+
+PACKAGE = Path(vrpo_plugin.__file__).parent
+FREE = {"vrpo_plugin", "cli", "pretrain", "launch", "hosts"}
+# What each layer may import beside the standard library and itself.
+MAY: dict[str, set[str]] = {
+    "errors": set(),
+    "_version": set(),
+    "config": {"errors"},
+    "functional": {"errors", "torch", "einops"},
+    "modules": {"functional", "config", "errors", "torch", "einops", "safetensors", "numpy"},
+    "perceptual": {"functional", "errors", "torch", "einops"},
+    "encoders": {"functional", "errors", "torch", "einops"},
+    "reference": {"functional", "errors", "config", "torch", "timm", "einops", "numpy", "safetensors"},
+    "evaluation": {"errors", "functional", "encoders", "scipy", "torch", "numpy", "einops", "safetensors"},
+    "patching": {"errors"},
+    "targets": {"errors", "encoders", "reference", "evaluation", "torch"},
+}
+MAY_INSIDE_FUNCTIONS: dict[str, set[str]] = {
+    "perceptual": {"timm", "lpips", "torchvision", "safetensors", "huggingface_hub"},
+    "encoders": {"timm", "lpips", "torchvision", "safetensors", "huggingface_hub"},
+    "reference": {"torchvision", "sklearn", "PIL"},
+}
+SLOW = {"timm", "lpips", "accelerate", "scipy", "sklearn", "torchvision", "PIL", "matplotlib", "yaml"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported name; ``late`` where importing the file does not run it."""
+
+    name: str
+    line: int
+    late: bool
+
+
+def imports_of(node: ast.AST, package: str, *, late: bool = False) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (Import(alias.name, child.lineno, late) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            base = resolve_name("." * child.level + (child.module or ""), package)
+            yield from (Import(f"{base}.{alias.name}", child.lineno, late) for alias in child.names)
+        else:
+            is_function = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
+            is_typing = isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")
+            yield from imports_of(child, package, late=late or is_function or is_typing)
+
+
+def modules_of(root: Path) -> dict[str, list[Import]]:
+    """Every module of a package, with its imports."""
+    found = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = ("vrpo_plugin", *path.relative_to(root).with_suffix("").parts)
+        is_package = parts[-1] == "__init__"
+        name = ".".join(parts[:-1] if is_package else parts)
+        package = name if is_package else name.rpartition(".")[0]
+        found[name] = list(imports_of(ast.parse(path.read_text("utf-8")), package))
+    return found
+
+
+def layer_of(name: str) -> str:
+    """The part of this package, or else the package, that a dotted name belongs to."""
+    first, *rest = name.split(".")
+    return rest[0] if first == "vrpo_plugin" and rest and rest[0] in MAY.keys() | FREE else first
+
+
+def wrong_imports(root: Path) -> list[str]:
+    wrong = []
+    for module, imports in modules_of(root).items():
+        layer = layer_of(module)
+        if layer in FREE and (layer != "vrpo_plugin" or module == "vrpo_plugin"):
+            continue
+        if layer not in MAY:
+            wrong.append(f"{module} belongs to no layer")
+            continue
+        for one in imports:
+            allowed = MAY[layer] | {layer} | (MAY_INSIDE_FUNCTIONS.get(layer, set()) if one.late else set())
+            if layer_of(one.name) not in allowed | sys.stdlib_module_names:
+                wrong.append(f"{module}:{one.line} imports {one.name}")
+    return wrong
+
+
+def slow_imports(root: Path) -> list[str]:
+    """Slow packages at the top of a file that ``import vrpo_plugin`` reads."""
+    modules = modules_of(root)
+    reached, waiting = set(), ["vrpo_plugin"]
+    while waiting:
+        parts = waiting.pop().split(".")
+        for end in range(1, len(parts) + 1):
+            module = ".".join(parts[:end])
+            if module in modules and module not in reached:
+                reached.add(module)
+                waiting += [one.name for one in modules[module] if not one.late]
+    return [
+        f"{module}:{one.line} imports {one.name}"
+        for module in sorted(reached)
+        for one in modules[module]
+        if not one.late and layer_of(one.name) in SLOW
+    ]
+
+
+def write_package(root: Path, files: dict[str, str]) -> Path:
+    for name, source in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source, "utf-8")
+    return root
+
+
+def test_every_import_is_of_a_layer_below() -> None:
+    assert wrong_imports(PACKAGE) == []
+
+
+def test_import_vrpo_plugin_reads_no_slow_package() -> None:
+    assert slow_imports(PACKAGE) == []
+
+
+def test_the_package_was_read() -> None:
+    modules = modules_of(PACKAGE)
+    assert {"vrpo_plugin", "vrpo_plugin.config", "vrpo_plugin.functional.advantages"} <= modules.keys()
+    read = [one.name for one in modules["vrpo_plugin.functional.advantages"]]
+    assert "vrpo_plugin.functional.tensors.promote" in read and "torch.Tensor" in read
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "report"),
+    [
+        ("errors.py", "import torch", "vrpo_plugin.errors:1 imports torch"),
+        ("config.py", "import math\nimport numpy.linalg as la", "vrpo_plugin.config:2 imports numpy.linalg"),
+        ("config.py", "from vrpo_plugin.functional import rewards", ".config:1 imports vrpo_plugin.functional.rewards"),
+        ("functional/a.py", "from vrpo_plugin.config import VRPOConfig", "imports vrpo_plugin.config.VRPOConfig"),
+        ("functional/a.py", "from vrpo_plugin import encoders", "imports vrpo_plugin.encoders"),
+        ("functional/a.py", "from vrpo_plugin import VRPOConfig", "imports vrpo_plugin.VRPOConfig"),
+        ("functional/a.py", "from ..modules import taps", "imports vrpo_plugin.modules.taps"),
+        ("functional/a.py", "def f():\n    import vrpo_plugin.modules", "functional.a:2 imports vrpo_plugin.modules"),
+        ("modules/a.py", "class A:\n    def f(self):\n        import timm", "vrpo_plugin.modules.a:3 imports timm"),
+        ("modules/__init__.py", "from ..reference import sit", "imports vrpo_plugin.reference.sit"),
+        ("encoders.py", "import timm", "vrpo_plugin.encoders:1 imports timm"),
+        ("perceptual.py", "try:\n    import lpips\nexcept ImportError:\n    pass", "imports lpips"),
+        ("reference/a.py", "async def f():\n    from vrpo_plugin.modules.aligner import VRPOAligner", "VRPOAligner"),
+        (
+            "evaluation/a.py",
+            "from vrpo_plugin.reference.sampler import sample",
+            "imports vrpo_plugin.reference.sampler",
+        ),
+        ("patching/a.py", "import torch", "imports torch"),
+        ("surprise.py", "", "vrpo_plugin.surprise belongs to no layer"),
+    ],
+)
+def test_a_wrong_import_is_reported(tmp_path: Path, path: str, source: str, report: str) -> None:
+    (line,) = wrong_imports(write_package(tmp_path, {"__init__.py": "", path: source}))
+    assert line.endswith(report) or f"{report}." in line
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("__init__.py", "from vrpo_plugin.modules.aligner import VRPOAligner"),
+        ("cli.py", "import yaml\nfrom vrpo_plugin.evaluation import protocol"),
+        ("hosts/repa.py", "import timm\nfrom vrpo_plugin import VRPOAligner"),
+        ("encoders.py", "import json\n\ndef f():\n    import timm.models"),
+        ("reference/a.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from PIL import Image"),
+        ("reference/a.py", "import timm\nfrom vrpo_plugin.reference import sit\nfrom . import sampler"),
+        ("patching/a.py", "import ast\nfrom vrpo_plugin.errors import explain"),
+    ],
+)
+def test_a_right_import_is_not_reported(tmp_path: Path, path: str, source: str) -> None:
+    assert wrong_imports(write_package(tmp_path, {path: source})) == []
+
+
+def test_a_slow_import_is_reported_where_it_is_reached(tmp_path: Path) -> None:
+    root = write_package(
+        tmp_path,
+        {
+            "__init__.py": "from vrpo_plugin.modules.aligner import VRPOAligner",
+            "modules/__init__.py": "import scipy.linalg",
+            "modules/aligner.py": "from vrpo_plugin import perceptual\n\ndef f():\n    import matplotlib",
+            "perceptual.py": "if True:\n    import lpips",
+            "encoders.py": "import timm",
+        },
+    )
+    assert slow_imports(root) == [
+        "vrpo_plugin.modules:1 imports scipy.linalg",
+        "vrpo_plugin.perceptual:2 imports lpips",
+    ]
