@@ -1,0 +1,216 @@
+"""Options of the example: dataclass defaults < YAML recipe < what the method means < command line."""
+
+import argparse
+import types
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from vrpo_plugin import ConfigError, VRPOConfig
+from vrpo_plugin.config import check_keys
+from vrpo_plugin.errors import explain
+
+DIGITS_RECIPE = Path(__file__).parent / "recipes" / "digits.yaml"
+
+# What makes a run this method; everything else of the objective stays adjustable.
+METHODS: dict[str, dict[str, Any]] = {
+    "vrpo": {},
+    "repa": {"features": "policy", "reward_coeff": 0.0},
+    "irepa": {"features": "policy", "reward_coeff": 0.0, "projector": "conv", "target_norm": "spatial"},
+    "none": {"features": "none", "reward_coeff": 0.0},
+}
+
+
+def _option(default: Any, help: str, **kwargs: Any) -> Any:
+    return field(default=default, metadata={"help": help, **kwargs})
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Everything but the objective. Names are REPA's where REPA has them."""
+
+    method: Literal["vrpo", "repa", "irepa", "none"] = _option("vrpo", "what aligns the transformer")
+    output_dir: str = _option("exps", "folder of all runs")
+    exp_name: str | None = _option(None, "folder of this run; by default DATA-METHOD-SEED")
+    resume: bool = _option(False, "go on from the newest complete checkpoint of this run, or start")
+    report_to: str = _option("none", "none, wandb, tensorboard, ... (through accelerate)")
+
+    model: str = _option("SiT-B/2", "SiT-XL/2 ... SiT-S/8, SiT-Ti/1, SiT-Ti/2")
+    qk_norm: bool = _option(False, "normalise queries and keys")
+    gradient_checkpointing: bool = _option(False, "recompute blocks in the backward pass")
+
+    data_dir: str | None = _option(None, "image folder, or REPA's layout; None: scikit-learn's digits")
+    resolution: int = _option(256, "side in pixels of digits or of an image folder")
+    flip_prob: float = _option(0.0, "horizontal flips (image folders only)")
+    vae: str | None = _option(None, "diffusers folder or name of the SD-VAE, to decode REPA's latents")
+    num_workers: int = _option(4, "data loader processes per rank")
+
+    enc_type: str = _option("dinov2-vit-b", "encoder(s), comma-separated: REPA's or timm's names, or small")
+    enc_checkpoint: str | None = _option(None, "local weights file(s) of the encoder(s), comma-separated")
+    encoder_depth: int | None = _option(None, "aligned block, 1-based; None: the model's own")
+
+    batch_size: int = _option(256, "samples per micro step over all processes, as in REPA")
+    max_train_steps: int = _option(400_000, "optimizer steps")
+    gradient_accumulation_steps: int = _option(1, "micro steps per optimizer step")
+    learning_rate: float = _option(1e-4, "of AdamW, constant")
+    critic_learning_rate: float | None = _option(None, "of the critic; None: learning_rate")
+    adam_beta1: float = _option(0.9, "")
+    adam_beta2: float = _option(0.999, "")
+    adam_weight_decay: float = _option(0.0, "")
+    adam_epsilon: float = _option(1e-8, "")
+    max_grad_norm: float = _option(1.0, "gradient-norm clipping; the critic is clipped by itself")
+    mixed_precision: Literal["no", "fp16", "bf16"] = _option("no", "")
+    allow_tf32: bool = _option(False, "TF32 matrix products on Ampere and later")
+    ema_decay: float = _option(0.9999, "with a warm-up, min(decay, (1 + step) / (10 + step))")
+    seed: int = _option(0, "of everything random")
+    cfg_prob: float = _option(0.1, "share of samples without label")
+    weighting: Literal["uniform", "lognormal"] = _option("uniform", "distribution of t")
+
+    checkpointing_steps: int = _option(50_000, "steps between checkpoints")
+    keep_last: int | None = _option(None, "how many checkpoints to keep; None: all")
+    sampling_steps: int = _option(10_000, "steps between sample grids; 0: none")
+    flush_steps: int = _option(50, "steps between writes of metrics.jsonl")
+
+    eval_samples: int = _option(0, "samples of the Frechet distance at the end; 0: none")
+    eval_network: str = _option("small", "its network: small (trained on the images), or a timm name")
+    eval_checkpoint: str | None = _option(None, "local weights file of that network")
+    solver: Literal["euler", "heun", "euler_maruyama"] = _option("euler", "sampler")
+    solver_steps: int = _option(50, "its steps")
+    cfg_scale: float = _option(1.0, "guidance scale of grids and evaluation")
+    guidance_low: float = _option(0.0, "guidance from this t")
+    guidance_high: float = _option(1.0, "guidance up to this t")
+
+    def __post_init__(self) -> None:
+        positive = ("batch_size", "max_train_steps", "gradient_accumulation_steps", "learning_rate", "resolution")
+        for name in (*positive, "checkpointing_steps", "flush_steps", "solver_steps", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(explain(name, expected="> 0", got=getattr(self, name), do="Correct it."))
+        for name in ("sampling_steps", "eval_samples", "num_workers", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(explain(name, expected=">= 0", got=getattr(self, name), do="Correct it."))
+
+    @property
+    def run_name(self) -> str:
+        """Name of the run's folder."""
+        data = Path(self.data_dir).name if self.data_dir else "digits"
+        return self.exp_name or f"{data}-{self.method}-seed{self.seed}"
+
+
+# What may differ between a run and its resumption: none of it changes a number that is trained.
+FREE_ON_RESUME = frozenset(
+    {"resume", "output_dir", "exp_name", "report_to", "num_workers", "data_dir", "enc_checkpoint", "vae"}
+    | {"max_train_steps", "checkpointing_steps", "keep_last", "sampling_steps", "flush_steps"}
+    | {"eval_samples", "eval_network", "eval_checkpoint"}
+    | {"solver", "solver_steps", "cfg_scale", "guidance_low", "guidance_high"}
+)
+
+
+def parse_options(argv: Sequence[str] | None = None) -> tuple[TrainOptions, VRPOConfig]:
+    """Reads the command line and the recipe.
+
+    Without ``--config`` and ``--data-dir`` the digits recipe is used.
+
+    Raises:
+        ConfigError: an unknown key, or a value that does not fit.
+    """
+    parser = argparse.ArgumentParser(
+        description="Trains SiT with VRPO, REPA, iREPA or no alignment.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="YAML recipe; keys are the options below, with _ or -")
+    for group_name, owner in (("training", TrainOptions), ("objective", VRPOConfig)):
+        group = parser.add_argument_group(group_name)
+        hints = get_type_hints(owner)
+        for f in fields(owner):
+            text = f.metadata.get("help", "see VRPOConfig")
+            _add_flag(group, f.name, hints[f.name], f"{text} (default: {f.default})".strip())
+    given = vars(parser.parse_args(argv))
+    recipe = given.pop("config", None)
+    if recipe is None and "data_dir" not in given:
+        recipe = str(DIGITS_RECIPE)
+    values = read_recipe(recipe) if recipe else {}
+    method = given.get("method", values.get("method", TrainOptions.method))
+    if method not in METHODS:
+        raise ConfigError(explain("method", expected=f"one of {tuple(METHODS)}", got=method, do="Choose one."))
+    values = {**values, **METHODS[method], **given}
+    names = {f.name for f in fields(TrainOptions)}
+    options = TrainOptions(**{k: v for k, v in values.items() if k in names})
+    config = VRPOConfig(**{k: v for k, v in values.items() if k not in names})
+    return options, config
+
+
+def read_recipe(path: str) -> dict[str, Any]:
+    """A YAML recipe, with ``-`` in keys read as ``_``.
+
+    Raises:
+        ConfigError: the file is missing, no mapping, or holds an unknown key or a value of another type.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(explain(path, expected="a YAML recipe", got=error, do="Check the path.")) from error
+    if not isinstance(content, dict):
+        raise ConfigError(explain(path, expected="key: value lines", got=type(content).__name__, do="Correct it."))
+    values = {str(key).replace("-", "_"): value for key, value in content.items()}
+    hints = get_type_hints(TrainOptions) | get_type_hints(VRPOConfig)
+    check_keys(values, hints, subject=path)
+    for key, value in values.items():
+        plain = next((t for t in _alternatives(hints[key]) if t in (int, float, str, bool)), None)
+        if plain is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+            try:
+                values[key] = float(value)  # YAML 1.1 reads 1e-4 as a string
+            except ValueError as error:
+                raise ConfigError(explain(f"{path}: {key}", expected="a number", got=repr(value), do="")) from error
+        elif (
+            plain is not None and value is not None and type(value) is not plain and not isinstance(value, (list, dict))
+        ):
+            raise ConfigError(
+                explain(f"{path}: {key}", expected=plain.__name__, got=repr(value), do="Correct the recipe.")
+            )
+    return values
+
+
+def to_dict(options: TrainOptions, config: VRPOConfig) -> dict[str, Any]:
+    """The resolved configuration, as config.json holds it and ``--config`` reads it."""
+    return asdict(options) | config.to_dict()
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _add_flag(group: Any, name: str, hint: Any, help: str) -> None:
+    """One option. No default here: what is not given must not hide the recipe."""
+    kwargs: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": help}
+    alternatives = _alternatives(hint)
+    choices = [c for part in alternatives if get_origin(part) is Literal for c in get_args(part)]
+    if hint is bool:
+        kwargs["action"] = argparse.BooleanOptionalAction
+    elif name in ("rewards", "layers", "reward_weights"):
+        kwargs |= {"type": _PARSERS[name], "metavar": "A,B" if name != "reward_weights" else "A=W,B=W"}
+    elif choices:
+        kwargs["choices"] = choices
+    else:
+        plain = next(t for t in alternatives if t in (int, float, str))
+        kwargs |= {"type": plain, "metavar": plain.__name__.upper()}
+    group.add_argument("--" + name.replace("_", "-"), **kwargs)
+
+
+def _parse_layers(text: str) -> Any:
+    return text if text in ("early", "middle", "all") else tuple(int(part) for part in text.split(","))
+
+
+def _parse_weights(text: str) -> Any:
+    if "=" not in text:
+        return text
+    return {name: float(share) for name, share in (part.split("=") for part in text.split(","))}
+
+
+_PARSERS: dict[str, Any] = {
+    "rewards": lambda text: tuple(text.split(",")),
+    "layers": _parse_layers,
+    "reward_weights": _parse_weights,
+}

@@ -1,0 +1,245 @@
+"""The run's folder: config.json, metrics.jsonl, curves.png, samples/, checkpoints/."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from einops import rearrange
+from torch import Tensor
+from train_options import FREE_ON_RESUME, TrainOptions
+
+import vrpo_plugin
+from vrpo_plugin import CheckpointError, ConfigError, VRPOConfig
+from vrpo_plugin.errors import explain
+from vrpo_plugin.evaluation.protocol import EvalProtocol, EvalResult, evaluate
+from vrpo_plugin.reference.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, write_text_atomic
+from vrpo_plugin.reference.sampler import sample
+from vrpo_plugin.reference.sit import SiT
+from vrpo_plugin.reference.sources import Source, all_images
+from vrpo_plugin.targets import SMALL
+
+JUDGE_SEED = 1  # fixed, and not the small encoder's: runs of all seeds and methods share one independent judge
+
+
+class RunFolder:
+    """Owns the files of one run; refuses another run's folder before anything is written.
+
+    Args:
+        options: resolved options.
+        config: resolved objective.
+        data: fingerprint of the data.
+
+    Raises:
+        ConfigError: the folder holds a run and ``--resume`` is not given, or the run had other settings.
+    """
+
+    def __init__(self, options: TrainOptions, config: VRPOConfig, settings: dict[str, Any], data: str) -> None:
+        self.options, self.config = options, config
+        self.path = Path(options.output_dir) / options.run_name
+        self.settings = {**settings, "data_fingerprint": data}
+        self._check_owner()
+
+    def _check_owner(self) -> None:
+        recorded = self.path / "config.json"
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if not self.options.resume or not recorded.exists():
+            raise ConfigError(
+                explain(
+                    str(self.path),
+                    expected="a new or empty folder",
+                    got="another run's files",
+                    do="Choose another --exp-name, or pass --resume to go on with that run.",
+                )
+            )
+        former = json.loads(recorded.read_text(encoding="utf-8"))["settings"]
+        unlike = [
+            f"{key}: {former.get(key)!r} then, {value!r} now"
+            for key, value in self.settings.items()
+            if key not in FREE_ON_RESUME and former.get(key) != value
+        ]
+        if unlike:
+            raise ConfigError(
+                explain(
+                    str(self.path),
+                    expected="the settings that the run began with",
+                    got="; ".join(unlike),
+                    do="Use them.",
+                )
+            )
+
+    def start(self) -> None:
+        """Makes the folder and writes config.json."""
+        (self.path / "samples").mkdir(parents=True, exist_ok=True)
+        record = {
+            "settings": self.settings,
+            "versions": {"vrpo_plugin": vrpo_plugin.__version__, "torch": torch.__version__},
+        }
+        write_text_atomic(self.path / "config.json", json.dumps(record, indent=2) + "\n")
+
+    def latest(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+        """The newest complete checkpoint, or None; metrics beyond it are cut off by :meth:`cut_metrics`."""
+        found = latest_checkpoint(self.path / "checkpoints") if self.options.resume else None
+        return None if found is None else load_checkpoint(found)
+
+    def cut_metrics(self, step: int) -> None:
+        """Drops the lines after ``step``: steps between the checkpoint and the kill are trained again."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        write_text_atomic(path, "".join(lines[:step]))
+        if len(lines) < step:
+            raise CheckpointError(
+                explain(str(path), expected=f"{step} lines", got=len(lines), do="Restore it, or start a new run.")
+            )
+
+    def append_metrics(self, rows: list[dict[str, float | int | None]]) -> None:
+        """Adds lines, one per step."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
+        """Writes a checkpoint."""
+        return save_checkpoint(self.path / "checkpoints", step, tensors, state, keep_last=self.options.keep_last)
+
+    def draw_curves(self) -> None:
+        """Plots metrics.jsonl."""
+        import matplotlib
+
+        matplotlib.use("agg")
+        import matplotlib.pyplot as plt
+
+        rows = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        panels = {
+            "losses": [k for k in rows[0] if k.endswith("loss")],
+            "rewards": [k for k in rows[0] if k.startswith("vrpo/reward/")],
+            "weights": [k for k in rows[0] if k.startswith("vrpo/weight/")],
+            "agreement": [k for k in rows[0] if k.endswith("_cos")],
+            "gradient norms": [k for k in rows[0] if k.startswith("grad_norm")],
+        }
+        panels = {title: keys for title, keys in panels.items() if keys}
+        figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
+        for axis, (title, keys) in zip(axes[0], panels.items(), strict=True):
+            for key in keys:
+                values = [math.nan if row.get(key) is None else row[key] for row in rows]
+                axis.plot([row["step"] for row in rows], values, label=key.removeprefix("vrpo/"), linewidth=0.9)
+            axis.set(title=title, xlabel="step")
+            axis.legend(fontsize=7)
+        figure.tight_layout()
+        temporary = self.path / "curves.tmp.png"
+        figure.savefig(temporary, dpi=110)
+        plt.close(figure)
+        temporary.replace(self.path / "curves.png")
+
+
+class MetricBuffer:
+    """Keeps every step's metrics on the device and brings them to the host in one transfer per flush."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.rows: list[tuple[int, float, Tensor]] = []
+        self.names: tuple[str, ...] = ()
+
+    def add(self, step: int, metrics: Mapping[str, Tensor], seconds: float) -> None:
+        """Takes 0-dim tensors of one step; all steps have the same names."""
+        self.names = tuple(metrics)
+        self.rows.append((step, seconds, torch.stack([m.detach().float() for m in metrics.values()])))
+
+    def flush(self) -> list[dict[str, float | int | None]]:
+        """The rows since the last flush, averaged over processes; NaN becomes None."""
+        if not self.rows:
+            return []
+        values = self.accelerator.reduce(torch.stack([v for _, _, v in self.rows]), reduction="mean")
+        rows: list[dict[str, float | int | None]] = []
+        for (step, seconds, _), row in zip(self.rows, values.tolist(), strict=True):
+            numbers = {n: v if math.isfinite(v) else None for n, v in zip(self.names, row, strict=True)}
+            rows.append({"step": step, **numbers, "seconds": round(seconds, 4)})
+        self.rows.clear()
+        return rows
+
+
+class Painter:
+    """Draws samples from a model: grids during the run, and the evaluation's images at its end."""
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        config: VRPOConfig,
+        source: Source,
+        decode: Callable[[Tensor], Tensor],
+        device: torch.device,
+    ) -> None:
+        self.options, self.config, self.source, self.decode, self.device = options, config, source, decode, device
+
+    def images(self, model: SiT, count: int, seed: int) -> Tensor:
+        """uint8 images (count, C, H, W) of evenly spread labels, the same noise on every call."""
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn((count, *self.source.latent_shape), generator=generator)
+        labels = torch.arange(count) % max(self.source.num_classes, 1)
+        for_sde = torch.Generator(self.device).manual_seed(seed)
+        drawn = [self._batch(model, n, y, for_sde) for n, y in zip(noise.split(256), labels.split(256), strict=True)]
+        return torch.cat(drawn)
+
+    def _batch(self, model: SiT, noise: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        options = self.options
+        latents = sample(
+            model,
+            noise.to(self.device),
+            y.to(self.device) if self.source.num_classes else None,
+            num_steps=options.solver_steps,
+            solver=options.solver,
+            path_type=self.config.path_type,
+            guidance_scale=options.cfg_scale,
+            guidance_interval=(options.guidance_low, options.guidance_high),
+            generator=generator,
+        )
+        with torch.no_grad():
+            pixels = self.decode(latents)
+        return pixels.add(1).mul(127.5).round().clamp(0, 255).byte().cpu()
+
+    def grid(self, model: SiT, path: Path) -> None:
+        """A 10 x 10 picture; with ten classes, a column is a class."""
+        from PIL import Image
+
+        tiles = rearrange(self.images(model, 100, seed=0), "(r c) k h w -> (r h) (c w) k", r=10)
+        picture = Image.fromarray(tiles.squeeze(-1).numpy() if tiles.shape[-1] == 1 else tiles.numpy())
+        scale = max(1, 480 // picture.width)
+        temporary = path.with_suffix(".tmp.png")
+        picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(temporary)
+        temporary.replace(path)
+
+    def evaluate(self, model: SiT) -> EvalResult:
+        """Frechet distance, precision and recall against the training images, in a network of their own."""
+        options = self.options
+        real, labels = all_images(self.source, 50_000)
+        if options.eval_network == SMALL:
+            from vrpo_plugin.evaluation.small_network import train_small_features
+
+            # Another architecture, width and seed than the small encoder's: the aligned network is no judge.
+            network: Any = train_small_features(
+                real, labels, seed=JUDGE_SEED, architecture="plain", width=24, device=self.device
+            )
+        else:
+            from vrpo_plugin.evaluation.features import timm_features
+
+            network = timm_features(
+                options.eval_network,
+                resolution=self.source.image_shape[-1],
+                checkpoint=options.eval_checkpoint,
+                device=self.device,
+            )
+        protocol = EvalProtocol(
+            solver=options.solver,
+            num_steps=options.solver_steps,
+            num_samples=options.eval_samples,
+            feature_network=network.name,
+            reference=f"training images {self.source.fingerprint()}",
+            num_reference=len(real),
+            guidance_scale=options.cfg_scale,
+            guidance_interval=(options.guidance_low, options.guidance_high),
+            ema=options.ema_decay,
+        )
+        return evaluate(network, real, self.images(model, options.eval_samples, seed=1), protocol)

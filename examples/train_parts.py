@@ -1,0 +1,183 @@
+"""What the example trains with: encoder, model with aligner, training step, optimizer, EMA, loader."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from train_options import TrainOptions
+
+from vrpo_plugin import ConfigError, VRPOAligner, VRPOConfig
+from vrpo_plugin.errors import explain
+from vrpo_plugin.functional.interpolant import PathType, noisy_sample
+from vrpo_plugin.reference.data import LATENTS_SCALE, PositionBatchSampler, TrainingSamples
+from vrpo_plugin.reference.sit import SiT, create_sit
+from vrpo_plugin.reference.sources import Source
+from vrpo_plugin.targets import Targets, load_targets
+
+
+def build_targets(options: TrainOptions, source: Source, folder: Path, accelerator: Accelerator) -> Targets:
+    """The frozen encoder; the small one is trained once per run and kept in the run's folder."""
+    with accelerator.main_process_first():
+        return load_targets(
+            options.enc_type,
+            source,
+            checkpoint=options.enc_checkpoint,
+            cache=folder / "encoder.safetensors",
+            device=accelerator.device,
+        )
+
+
+def build_model(options: TrainOptions, config: VRPOConfig, source: Source, targets: Targets | None) -> SiT:
+    """The transformer, with its aligner attached as ``model.vrpo`` where the method has one."""
+    torch.manual_seed(options.seed)
+    channels, side, _ = source.latent_shape
+    overrides: dict[str, Any] = {
+        "input_size": side,
+        "in_channels": channels,
+        "num_classes": source.num_classes,
+        "class_dropout_prob": options.cfg_prob,
+        "qk_norm": options.qk_norm,
+        "gradient_checkpointing": options.gradient_checkpointing,
+    }
+    if options.encoder_depth is not None:
+        overrides["encoder_depth"] = options.encoder_depth
+    model = create_sit(options.model, **overrides)
+    if targets is not None:
+        VRPOAligner.from_model(model, targets, config=config).attach(model)
+    return model
+
+
+def aligner_of(model: SiT) -> VRPOAligner | None:
+    """What ``attach`` registered on the model."""
+    aligner = getattr(model, "vrpo", None)
+    return aligner if isinstance(aligner, VRPOAligner) else None
+
+
+def build_ema(model: SiT) -> SiT:
+    """A frozen copy of the transformer without its aligner, for sampling."""
+    ema = copy.deepcopy(model)
+    if (aligner := aligner_of(ema)) is not None:
+        aligner.detach(ema)
+    return ema.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def update_ema(ema: SiT, model: SiT, decay: float, step: int) -> None:
+    """Moves the average towards the model; early steps count more, as they replace the initialisation."""
+    decay = min(decay, (1 + step) / (10 + step))
+    source = dict(model.named_parameters())
+    names, averages = zip(*ema.named_parameters(), strict=True)
+    torch._foreach_lerp_(list(averages), [source[name] for name in names], 1 - decay)
+
+
+class TrainingStep(nn.Module):
+    """One forward pass with its loss: all parameters are used inside one ``forward``, as DDP wants it."""
+
+    def __init__(self, model: SiT, path_type: PathType) -> None:
+        super().__init__()
+        self.model = model
+        self.path_type = path_type
+
+    def forward(self, batch: dict[str, Tensor], z: tuple[Tensor, ...], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        x_t, target = noisy_sample(batch["x0"], batch["noise"], batch["t"], self.path_type)
+        velocity = self.model(x_t, batch["t"], batch["y"], force_drop_ids=batch["drop"])
+        denoising_loss = (velocity.float() - target).square().mean()
+        metrics = {"denoising_loss": denoising_loss.detach()}
+        loss = denoising_loss
+        aligner = aligner_of(self.model)
+        if aligner is not None:
+            out = aligner(z, x0=batch["x0"], x_t=x_t, t=batch["t"], velocity=velocity, y=batch["y"], step=step)
+            loss = denoising_loss + out.loss
+            metrics |= {
+                "proj_loss": out.features_loss.detach(),
+                "generation_loss": out.generation_loss.detach(),
+                "critic_loss": out.critic_loss.detach(),
+                **out.metrics,
+            }
+        return loss, {"loss": loss.detach(), **metrics}
+
+
+def parameter_groups(model: SiT) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Trainable parameters of the transformer with its projectors, and of the critic."""
+    aligner = aligner_of(model)
+    critic = aligner.critic if aligner is not None else None
+    of_critic = {id(p) for p in critic.parameters()} if critic is not None else set()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return [p for p in trainable if id(p) not in of_critic], [p for p in trainable if id(p) in of_critic]
+
+
+def build_optimizer(options: TrainOptions, model: SiT) -> torch.optim.AdamW:
+    """AdamW as in REPA, the critic in a group of its own."""
+    main, critic = parameter_groups(model)
+    groups: list[dict[str, Any]] = [{"params": main, "lr": options.learning_rate}]
+    if critic:
+        groups.append({"params": critic, "lr": options.critic_learning_rate or options.learning_rate})
+    return torch.optim.AdamW(
+        groups,
+        betas=(options.adam_beta1, options.adam_beta2),
+        weight_decay=options.adam_weight_decay,
+        eps=options.adam_epsilon,
+    )
+
+
+def build_loader(
+    options: TrainOptions, config: VRPOConfig, source: Source, accelerator: Accelerator, start_step: int
+) -> DataLoader[dict[str, Tensor]]:
+    """Loads this process's share of every micro step from ``start_step`` on."""
+    samples = TrainingSamples(
+        source,
+        seed=options.seed,
+        flip_prob=options.flip_prob,
+        label_drop_prob=options.cfg_prob,
+        time_sampling=options.weighting,
+        path_type=config.path_type,
+    )
+    micro_steps = options.gradient_accumulation_steps
+    sampler = PositionBatchSampler(
+        batch_size=options.batch_size,
+        num_batches=options.max_train_steps * micro_steps,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        start_batch=start_step * micro_steps,
+    )
+    return DataLoader(
+        samples,
+        batch_sampler=sampler,
+        num_workers=options.num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        persistent_workers=options.num_workers > 0,
+    )
+
+
+def build_decoder(options: TrainOptions, source: Source, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+    """Latents to pixels in [-1, 1]: the identity for pixel models, else the VAE; None where neither is there.
+
+    Raises:
+        ConfigError: grids or an evaluation of latents are asked for without a VAE.
+    """
+    if source.latent_shape == source.image_shape:
+        return lambda latents: latents
+    if options.vae is None:
+        if options.sampling_steps or options.eval_samples:
+            raise ConfigError(
+                explain(
+                    "vae",
+                    expected="a diffusers folder or name, to decode latents for grids and evaluation",
+                    got=None,
+                    do="Pass --vae (stabilityai/sd-vae-ft-mse or a folder), or --sampling-steps 0 --eval-samples 0.",
+                )
+            )
+        return None
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise ConfigError(
+            explain("vae", expected="diffusers installed", got=error, do="pip install 'vrpo-plugin[repa]'.")
+        ) from error
+    vae = AutoencoderKL.from_pretrained(options.vae).to(device).eval().requires_grad_(False)
+    return lambda latents: vae.decode(latents / LATENTS_SCALE).sample

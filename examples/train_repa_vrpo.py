@@ -1,0 +1,217 @@
+"""Trains a SiT with VRPO, REPA, iREPA or no alignment.
+
+``accelerate launch examples/train_repa_vrpo.py`` trains on scikit-learn's digits in minutes on a CPU;
+``--config examples/recipes/imagenet256_sit_xl2.yaml --data-dir ...`` trains on a cluster.
+"""
+
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from tqdm import tqdm
+from train_options import TrainOptions, parse_options, to_dict
+from train_output import MetricBuffer, Painter, RunFolder
+from train_parts import (
+    TrainingStep,
+    build_decoder,
+    build_ema,
+    build_loader,
+    build_model,
+    build_optimizer,
+    build_targets,
+    parameter_groups,
+    update_ema,
+)
+
+from vrpo_plugin import VRPOConfig, VRPOError
+from vrpo_plugin.reference.sources import Source, open_source
+
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class Trainer:
+    """One run: builds the parts, resumes, trains, writes.
+
+    Args:
+        options: resolved options.
+        config: resolved objective.
+        accelerator: from ``accelerate launch``.
+    """
+
+    def __init__(self, options: TrainOptions, config: VRPOConfig, accelerator: Accelerator) -> None:
+        self.options, self.config, self.accelerator = options, config, accelerator
+        device = accelerator.device
+        self.source: Source = open_source(options.data_dir, options.resolution)
+        self.folder = RunFolder(options, config, to_dict(options, config), self.source.fingerprint())
+        decode = build_decoder(options, self.source, device)
+        accelerator.wait_for_everyone()  # every process has looked before the first one writes
+        if accelerator.is_main_process:
+            self.folder.start()
+        accelerator.wait_for_everyone()
+        aligned = config.features == "policy" or config.reward_coeff > 0
+        targets = build_targets(options, self.source, self.folder.path, accelerator) if aligned else None
+        self.encode = targets.encode if targets else lambda images: ()
+        self.model = build_model(options, config, self.source, targets).to(device)
+        self.ema = build_ema(self.model)
+        step_module = TrainingStep(self.model, config.path_type)
+        optimizer = build_optimizer(options, self.model)
+        self.step_module, self.optimizer = accelerator.prepare(step_module, optimizer)
+        self.clip_groups = parameter_groups(self.model)
+        self.painter = Painter(options, config, self.source, decode, device) if decode else None
+        self.metrics = MetricBuffer(accelerator)
+        self.step = 0
+
+    def resume(self) -> None:
+        """Loads the newest complete checkpoint of this run, if there is one."""
+        found = self.folder.latest()
+        if found is None:
+            return
+        tensors, state = found
+        set_model_state_dict(self.model, dict(tensors["model"]), options=FULL)
+        self.ema.load_state_dict(tensors["ema"])
+        # The settings of the parameter groups come from the options, the moments from the checkpoint.
+        optimizer: dict[str, Any] = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=FULL)
+        moments: dict[str, Any] = {}
+        for key, value in tensors["optimizer"].items():
+            name, _, moment = key.rpartition("/")
+            moments.setdefault(name, {})[moment] = value
+        optimizer["state"] = moments
+        set_optimizer_state_dict(self.model, self.optimizer.optimizer, optimizer, options=FULL)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+        if self.accelerator.is_main_process:
+            self.folder.cut_metrics(self.step)
+        self.accelerator.print(f"resumed from step {self.step}")
+
+    def save(self) -> None:
+        """Writes a checkpoint of all that the next step depends on; randomness depends on the step alone."""
+        self._flush()
+        model = get_model_state_dict(self.model, options=FULL)
+        optimizer: dict[str, Any] = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=FULL)
+        if self.accelerator.is_main_process:
+            moments = {f"{name}/{k}": v for name, state in optimizer["state"].items() for k, v in state.items()}
+            scaler = self.accelerator.scaler
+            scalars = {"step": self.step, "scaler": None if scaler is None else scaler.state_dict()}
+            tensors = {"model": model, "ema": self.ema.state_dict(), "optimizer": moments}
+            self.folder.save(self.step, tensors, scalars)
+        self.accelerator.wait_for_everyone()
+
+    def train(self) -> None:
+        """Trains up to ``max_train_steps``; the last step always gets a grid and a checkpoint."""
+        options = self.options
+        loader = iter(build_loader(options, self.config, self.source, self.accelerator, self.step))
+        self.step_module.train()
+        self.bar = tqdm(
+            total=options.max_train_steps,
+            initial=self.step,
+            disable=not self.accelerator.is_local_main_process,
+            desc=options.run_name,
+        )
+        started = time.perf_counter()
+        while self.step < options.max_train_steps:
+            metrics = self._train_step(loader)
+            self.step += 1
+            now = time.perf_counter()
+            self.metrics.add(self.step, metrics, now - started)
+            started = now
+            self.bar.update()
+            last = self.step == options.max_train_steps
+            if self.step % options.flush_steps == 0 or last:
+                self._flush()
+            if options.sampling_steps and (self.step % options.sampling_steps == 0 or last):
+                self._draw()
+            if self.step % options.checkpointing_steps == 0 or last:
+                self.save()
+        self.bar.close()
+        if options.eval_samples and self.accelerator.is_main_process:
+            self._evaluate()
+        self.accelerator.wait_for_everyone()
+
+    def _train_step(self, loader: Any) -> dict[str, Tensor]:
+        accelerator, micro_steps = self.accelerator, self.options.gradient_accumulation_steps
+        collected: dict[str, Tensor] = {}
+        for micro_step in range(micro_steps):
+            batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in next(loader).items()}
+            synchronize = micro_step == micro_steps - 1
+            with torch.no_grad(), accelerator.autocast():
+                z = self.encode(batch["image"])
+            with nullcontext() if synchronize else accelerator.no_sync(self.step_module):
+                loss, metrics = self.step_module(batch, z, self.step)
+                accelerator.backward(loss / micro_steps)
+            for name, value in metrics.items():
+                collected[name] = collected[name] + value / micro_steps if micro_step else value / micro_steps
+        main, critic = self.clip_groups
+        collected["grad_norm"] = accelerator.clip_grad_norm_(main, self.options.max_grad_norm)
+        if critic:
+            collected["grad_norm_critic"] = torch.nn.utils.clip_grad_norm_(critic, self.options.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        update_ema(self.ema, self.model, self.options.ema_decay, self.step)
+        return collected
+
+    def _flush(self) -> None:
+        rows = self.metrics.flush()
+        if not rows or not self.accelerator.is_main_process:
+            return
+        self.folder.append_metrics(rows)
+        for row in rows:
+            numbers = {k: v for k, v in row.items() if k != "step" and v is not None}
+            self.accelerator.log(numbers, step=row["step"])
+        shown = {k.removeprefix("vrpo/reward/"): v for k, v in rows[-1].items() if k == "loss" or "reward/" in k}
+        self.bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items() if v is not None}, refresh=False)
+
+    def _draw(self) -> None:
+        self._flush()
+        if self.accelerator.is_main_process and self.painter is not None:
+            self.painter.grid(self.ema, self.folder.path / "samples" / f"{self.step:07d}.png")
+            self.folder.draw_curves()
+        self.accelerator.wait_for_everyone()
+
+    def _evaluate(self) -> None:
+        assert self.painter is not None  # build_decoder has refused otherwise
+        result = self.painter.evaluate(self.ema)
+        (self.folder.path / "evaluation.json").write_text(result.to_json() + "\n", encoding="utf-8")
+        print(
+            f"{self.options.method}: Frechet distance {result.frechet_distance:.3f}, "
+            f"precision {result.precision:.3f}, recall {result.recall:.3f} "
+            f"({result.protocol.name}, network {result.protocol.feature_network})"
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the example; errors of the user's making end it with one line."""
+    try:
+        options, config = parse_options(argv)
+        accelerator = Accelerator(
+            mixed_precision=options.mixed_precision,
+            log_with=None if options.report_to == "none" else options.report_to,
+            project_config=ProjectConfiguration(project_dir=str(Path(options.output_dir) / options.run_name)),
+        )
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.allow_tf32
+        trainer = Trainer(options, config, accelerator)
+        if options.report_to != "none":
+            flat = {k: v for k, v in to_dict(options, config).items() if isinstance(v, (str, int, float, bool))}
+            accelerator.init_trackers("vrpo-plugin", config=flat)
+        trainer.resume()
+        trainer.train()
+        accelerator.end_training()
+    except VRPOError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()

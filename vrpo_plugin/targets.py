@@ -1,0 +1,77 @@
+"""Target encoders by name: timm's and REPA's names, or a small network trained on the spot."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vrpo_plugin.encoders import load_encoders
+from vrpo_plugin.reference.sources import Source, all_images
+
+SMALL = "small"
+SMALL_SEED = 0  # fixed, so that runs of all seeds and methods share the encoder
+SMALL_IMAGES = 20_000
+
+
+@dataclass(frozen=True)
+class Targets:
+    """A frozen target encoder.
+
+    Attributes:
+        dims: D of each network.
+        grid: (h, w) of their tokens.
+        encode: uint8 images (B, C, H, W) to one (B, h * w, D) per network, without gradient.
+    """
+
+    dims: tuple[int, ...]
+    grid: tuple[int, int]
+    encode: Callable[[Tensor], tuple[Tensor, ...]]
+
+
+def load_targets(
+    enc_type: str,
+    source: Source,
+    *,
+    checkpoint: str | None = None,
+    cache: Path | None = None,
+    device: torch.device | str = "cpu",
+) -> Targets:
+    """Loads the encoder(s), or trains the small one on the source's images.
+
+    Args:
+        enc_type: timm's or REPA's names, comma-separated; or ``small``, a classifier of the source's labels,
+            for runs without pretrained weights.
+        source: images, for their sizes and for ``small``.
+        checkpoint: local weights, comma-separated where there are several encoders; for ``small`` a file that an
+            earlier run left.
+        cache: where ``small`` is kept, and found again by the same run.
+        device: of the encoder.
+
+    Raises:
+        ConfigError, WeightsNotFoundError, CheckpointError: as ``load_encoders`` and ``load_small_features``.
+    """
+    if enc_type != SMALL:
+        # The grid of a patch-2 transformer: there the tokens of all encoders and of the model meet.
+        side = max(1, source.latent_shape[-1] // 2)
+        encoders = load_encoders(
+            enc_type,
+            resolution=source.image_shape[-1],
+            token_grid=(side, side),
+            checkpoints=checkpoint.split(",") if checkpoint else None,
+            device=device,
+        )
+        return Targets(encoders.dims, (side, side), encoders)
+    from vrpo_plugin.evaluation.small_network import load_small_features, train_small_features
+
+    if checkpoint is not None:
+        small = load_small_features(checkpoint)
+    elif cache is not None and cache.exists():
+        small = load_small_features(cache)
+    else:
+        small = train_small_features(*all_images(source, SMALL_IMAGES), seed=SMALL_SEED)
+        if cache is not None:
+            small.save(cache)
+    small = small.to(device)
+    return Targets((small.token_dim,), small.grid, lambda images: (small.tokens(images),))
