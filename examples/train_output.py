@@ -204,9 +204,11 @@ class Painter:
         """A 10 x 10 picture; with ten classes, a column is a class."""
         from PIL import Image
 
-        tiles = rearrange(self.images(model, 100, seed=0), "(r c) k h w -> (r h) (c w) k", r=10)
+        gap = max(1, self.source.image_shape[-1] // 16)
+        framed = torch.nn.functional.pad(self.images(model, 100, seed=0), (0, gap, 0, gap), value=96)
+        tiles = rearrange(framed, "(r c) k h w -> (r h) (c w) k", r=10)
         picture = Image.fromarray(tiles.squeeze(-1).numpy() if tiles.shape[-1] == 1 else tiles.numpy())
-        scale = max(1, 480 // picture.width)
+        scale = max(1, 640 // picture.width)
         temporary = path.with_suffix(".tmp.png")
         picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(temporary)
         temporary.replace(path)

@@ -130,7 +130,7 @@ def train_critic(settings: CriticTraining) -> dict[str, Any]:
         optimizer.zero_grad()
         if step % max(1, settings.steps // 10) == 0 or step == settings.steps:
             agreement = _agreement(critic, held_out, targets.encode, settings, accelerator.device)
-            bar.set_postfix(train=f"{float(cosine):.3f}", held_out=f"{agreement:.3f}")
+            bar.set_postfix(train=f"{cosine.item():.3f}", held_out=f"{agreement:.3f}")
     record = {**asdict(settings), "held_out_cosine": agreement, "data_fingerprint": source.fingerprint()}
     if accelerator.is_main_process:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
-"""What the other files of this layer share: the working precision and the resampling of token grids."""
+"""What other files share: the working precision, masks of finite samples, and the resampling of token grids."""
 
 import math
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
@@ -54,3 +55,20 @@ def resample_tokens(z: Tensor, grid: tuple[int, int], target_grid: tuple[int, in
     maps = rearrange(promote(z), "b (h w) d -> b d h w", h=grid[0])
     maps = F.interpolate(maps, size=target_grid, mode="bilinear", antialias=True, align_corners=False)
     return rearrange(maps, "b d h w -> b (h w) d")
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the values (B,) where the mask is True, 0 where it nowhere is."""
+    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
+
+
+def finite_samples(*tensors: Tensor) -> Tensor:
+    """True (B,) for the samples that hold neither NaN nor inf in any of the tensors (B, ...)."""
+    # A sum is finite only if its terms are, and reads the tensor once without a temporary.
+    sums = torch.stack([x.detach().flatten(1).sum(1, dtype=torch.float32) for x in tensors])
+    return torch.isfinite(sums).all(0)
+
+
+def zero_unless(sound: Tensor, x: Tensor) -> Tensor:
+    """``x`` (B, ...) with zeros for the samples that are not sound, so that no NaN enters a backward pass."""
+    return torch.where(sound.reshape(-1, *(1 for _ in x.shape[1:])), x, 0)

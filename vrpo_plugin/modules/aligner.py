@@ -14,7 +14,14 @@ from vrpo_plugin.errors import ConfigError, HostNotFoundError, PatchConflictErro
 from vrpo_plugin.functional.alignment import cosine_alignment, spatial_normalize
 from vrpo_plugin.functional.interpolant import clean_estimate
 from vrpo_plugin.functional.rewards import RewardState
-from vrpo_plugin.functional.tensors import promote, resample_tokens, square_grid
+from vrpo_plugin.functional.tensors import (
+    finite_samples,
+    masked_mean,
+    promote,
+    resample_tokens,
+    square_grid,
+    zero_unless,
+)
 from vrpo_plugin.modules.critic import LatentCritic, load_critic_weights
 from vrpo_plugin.modules.generation import GenerationReadout, Reward
 from vrpo_plugin.modules.inputs import (
@@ -108,9 +115,13 @@ class VRPOAligner(nn.Module):
         self.hidden_dim, self.target_dims = hidden_dim, tuple(target_dims)
         if not self.target_dims or min(hidden_dim, depth, *self.target_dims) < 1:
             _refuse("hidden_dim, depth, target_dims", ">= 1", (hidden_dim, depth, self.target_dims))
+        for name, given in {"rewards": rewards, "black_box_rewards": black_box_rewards}.items():
+            if given is not None and not isinstance(given, Mapping):
+                do = "Name built-in rewards in config=VRPOConfig(rewards=...)."
+                raise ConfigError(explain(name, expected="a mapping from name to callable", got=repr(given), do=do))
         self.depth = depth
         self.layers = resolve_layers(self.config.layers, depth, encoder_depth=encoder_depth)
-        if token_grid is None and latent_shape is not None:
+        if token_grid is None and latent_shape is not None and len(latent_shape) == 3:
             token_grid = (max(1, latent_shape[1] // 2), max(1, latent_shape[2] // 2))
         self.token_grid = token_grid
         self.taps = Taps(self.layers)
@@ -279,10 +290,11 @@ class VRPOAligner(nn.Module):
         zero = torch.zeros((), device=targets[0].device)
         features_loss, metrics, rewards = zero, {}, {}
         if tokens:
-            reward = self._features_reward(tokens, targets)
-            features_loss = -reward.mean()
-            rewards["semantic_features"] = reward.detach()
-            metrics["vrpo/align_cos"] = reward.detach().mean()
+            reward, sound = self._features_reward(tokens, targets)
+            features_loss = -masked_mean(reward, sound)
+            rewards["semantic_features"] = torch.where(sound, reward.detach(), torch.nan)
+            metrics["vrpo/align_cos"] = -features_loss.detach()
+            metrics["vrpo/nonfinite"] = (~sound).sum().float()
         generated = None
         if self.generation is not None:
             assert x0 is not None and x_t is not None and t is not None  # the first call has checked
@@ -315,15 +327,18 @@ class VRPOAligner(nn.Module):
             return self.taps.take()
         return (hidden,) if isinstance(hidden, Tensor) else tuple(hidden)
 
-    def _features_reward(self, tokens: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> Tensor:
-        """Mean cosine (B,) over taps and encoders (equation 3)."""
+    def _features_reward(self, tokens: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Mean cosine (B,) over taps and encoders (equation 3), and which samples (B,) are finite."""
+        sound = finite_samples(*tokens, *targets)
+        tokens = tuple(zero_unless(sound, hidden) for hidden in tokens)
+        targets = tuple(zero_unless(sound, target) for target in targets)
         rewards = []
         for i, hidden in enumerate(tokens):
-            grid = square_grid(hidden.shape[1])
             for j, target in enumerate(targets):
                 z_tilde = self.projectors[i * len(targets) + j](hidden)
+                grid = None if target.shape[1] == hidden.shape[1] else square_grid(hidden.shape[1])
                 rewards.append(cosine_alignment(z_tilde, _resample(target, grid)))
-        return torch.stack(rewards).mean(0)
+        return torch.stack(rewards).mean(0), sound
 
     def _release(self, step: int | None) -> Tensor | float:
         """Share of the features part that is left (equation 17); a tensor where the aligner counts itself."""

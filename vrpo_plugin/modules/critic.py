@@ -155,12 +155,12 @@ def load_critic_weights(critic: LatentCritic, path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+        sizes, record = json.loads(metadata["vrpo_critic"]), json.loads(metadata["record"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(
-            explain(str(path), expected="a critic file", got=error, do="Write one with 'vrpo train-critic'.")
+            explain(str(path), expected="a critic file", got=repr(error), do="Write one with 'vrpo train-critic'.")
         ) from error
-    sizes = json.loads(metadata.get("vrpo_critic", "null"))
-    if sizes != critic.sizes():
+    if sizes != critic.sizes() or weights.keys() != critic.state_dict().keys():
         raise CheckpointError(
             explain(
                 str(path),
@@ -170,7 +170,7 @@ def load_critic_weights(critic: LatentCritic, path: Path) -> dict[str, Any]:
             )
         )
     critic.load_state_dict(weights)
-    return json.loads(metadata["record"])
+    return record
 
 
 class _Activation(nn.Module):
@@ -178,7 +178,8 @@ class _Activation(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(math.gcd(16, channels), channels)
+        # Four channels a group at least: with one, the norm would take the image-wide context away again.
+        self.norm = nn.GroupNorm(math.gcd(16, channels, max(1, channels // 4)), channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.silu(self.norm(x))

@@ -14,6 +14,7 @@ from vrpo_plugin.functional.advantages import GroupMoments, combine_rewards, gro
 from vrpo_plugin.functional.groups import Groups, image_groups, noise_strata
 from vrpo_plugin.functional.policy import gaussian_log_prob, pathwise_policy_loss, score_function_loss
 from vrpo_plugin.functional.rewards import RewardState, feature_distance, fidelity_reward, semantic_reward
+from vrpo_plugin.functional.tensors import finite_samples, masked_mean, zero_unless
 from vrpo_plugin.functional.weights import inverse_variance_weights
 from vrpo_plugin.modules.critic import CriticOutput, LatentCritic
 from vrpo_plugin.modules.statistics import RewardStatistics
@@ -141,7 +142,7 @@ class GenerationReadout(nn.Module):
         trainable = self.config.critic_trainable
         with torch.set_grad_enabled(torch.is_grad_enabled() and trainable):
             clean = self.critic(state.x0)
-            cosine = _masked_mean(semantic_reward(clean.tokens, state.z), sound)
+            cosine = masked_mean(semantic_reward(clean.tokens, state.z), sound)
         return (1 - cosine if trainable else zero), clean, {"vrpo/critic_cos": cosine.detach()}
 
     def _pathwise_rewards(self, state: RewardState, clean: CriticOutput | None) -> Tensor:
@@ -161,14 +162,14 @@ class GenerationReadout(nn.Module):
         return torch.stack(values) if values else state.x0_hat.new_zeros((0, len(state.t)), dtype=torch.float32)
 
     def _custom_rewards(self, state: RewardState) -> list[Tensor]:
-        x0_hat = state.x0_hat.view_as(state.x0_hat)
-        if x0_hat.requires_grad:
-            # A reward that is NaN is left out of the loss, and 0 times its gradient would be NaN again.
-            x0_hat.register_hook(lambda grad: torch.where(torch.isfinite(grad), grad, 0))
-        state = replace(state, x0_hat=x0_hat)
         values = []
         for name, reward in self.custom_rewards.items():
-            value, scored = _call_reward(name, reward, state)
+            x0_hat = state.x0_hat.view_as(state.x0_hat)
+            if x0_hat.requires_grad:
+                # A reward that is NaN is left out of the loss, and 0 times its gradient would be NaN again.
+                # One view per reward, so that the gradients of the others stay.
+                x0_hat.register_hook(lambda grad: torch.where(torch.isfinite(grad), grad, 0))
+            value, scored = _call_reward(name, reward, replace(state, x0_hat=x0_hat))
             if x0_hat.requires_grad and not value.requires_grad:
                 raise ConfigError(
                     explain(
@@ -274,27 +275,16 @@ def _call_reward(name: str, reward: Reward, state: RewardState) -> tuple[Tensor,
     return value, scored
 
 
-def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
-
-
 def _without_nonfinite(state: RewardState) -> tuple[RewardState, Tensor]:
-    """Zeros samples that hold NaN or inf, so that no NaN enters a backward pass, and says which are sound."""
-    tensors = (state.x0_hat, state.x0, state.x_t, *state.z)
-    # A sum is finite only if its terms are, and reads the tensor once without a temporary.
-    sums = torch.stack([x.detach().flatten(1).sum(1, dtype=torch.float32) for x in tensors])
-    sound = torch.isfinite(sums).all(0)
-
-    def clean(x: Tensor) -> Tensor:
-        return torch.where(sound.reshape(-1, *(1 for _ in x.shape[1:])), x, 0)
-
+    """The state with zeros for samples that hold NaN or inf, and which samples are sound."""
+    sound = finite_samples(state.x0_hat, state.x0, state.x_t, *state.z)
     return (
         replace(
             state,
-            x0_hat=clean(state.x0_hat),
-            x0=clean(state.x0),
-            x_t=clean(state.x_t),
-            z=tuple(clean(z) for z in state.z),
+            x0_hat=zero_unless(sound, state.x0_hat),
+            x0=zero_unless(sound, state.x0),
+            x_t=zero_unless(sound, state.x_t),
+            z=tuple(zero_unless(sound, z) for z in state.z),
         ),
         sound,
     )

@@ -53,8 +53,9 @@ class Tap:
         self.armed = False
 
     def capture(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.armed:
-            self.hidden = output
+        # Reentrant checkpointing first runs a block without gradients: such tokens would teach it nothing.
+        if self.armed and torch.is_grad_enabled():
+            self.hidden, self.armed = output, False
 
     def __getstate__(self) -> dict[str, Any]:
         # A kept activation is no leaf, and deepcopy refuses those.
@@ -107,7 +108,8 @@ class Taps:
                     "hidden tokens",
                     expected=f"blocks {self.layers} to have run with gradients since the last call",
                     got=f"{len(hidden)} of {len(self.taps)} taps fired",
-                    do="Call aligner.attach(model) once, then model(...) before aligner(...); or pass hidden=.",
+                    do="Call aligner.attach(model) once, then model(...) before aligner(...), with use_reentrant=False "
+                    "where activations are checkpointed; or pass hidden=.",
                 )
             )
         return hidden

@@ -1,0 +1,35 @@
+"""What every test shares: a fixed seed, the fakes, and a guard of the global random state."""
+
+import random
+import sys
+from collections.abc import Generator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fakes.random_state import global_random_state
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "keeps_random_state: the test's body may not draw from a global generator")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  the global generator is what a library might draw from
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    # Around the body alone: fixtures may draw, and an error in a fixture's teardown would not name the test.
+    before = global_random_state()
+    result = yield
+    if item.get_closest_marker("keeps_random_state") and global_random_state() != before:
+        pytest.fail("the test changed a global random state")
+    return result

@@ -1,0 +1,69 @@
+"""Reward statistics on two gloo processes that see different batches and share nothing else."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from vrpo_plugin import VRPOAligner
+from vrpo_plugin.functional.interpolant import noisy_sample
+
+STEPS, BATCH = 5, 32
+SIZES = {"hidden_dim": 16, "depth": 2, "latent_shape": (2, 8, 8), "target_dims": (8,), "critic_width": 8}
+
+
+def _batch(step: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x0, noise, velocity = (torch.randn(BATCH, 2, 8, 8, generator=generator) for _ in range(3))
+    t = torch.rand(BATCH, generator=generator)
+    x_t, _ = noisy_sample(x0, noise, t)
+    return {
+        "z": torch.randn(BATCH, 16, 8, generator=generator),
+        "x0": x0,
+        "x_t": x_t,
+        "t": t,
+        "velocity": velocity,
+        "hidden": torch.randn(BATCH, 16, 16, generator=generator),
+    }
+
+
+def _statistics(rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    """The buffers after the first step and after the last."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    aligner = VRPOAligner(**SIZES)
+    assert aligner.generation is not None
+    found = {}
+    for step in range(STEPS):
+        aligner(**{name: value.chunk(world_size)[rank] for name, value in _batch(step).items()})
+        if step in (0, STEPS - 1):
+            buffers = aligner.generation.statistics.named_buffers()
+            found |= {f"{name} after step {step}": value.clone() for name, value in buffers}
+    return found
+
+
+def _worker(rank: int, world_size: int, port: int, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    torch.save(_statistics(rank, world_size), Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_statistics_are_reduced_and_the_same_on_all_ranks(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_worker, args=(2, port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    halves = [_statistics(rank, 2) for rank in range(2)]
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+        assert not torch.equal(halves[0][name], halves[1][name])  # without reduction they would part
+        if name.endswith("step 0"):
+            torch.testing.assert_close(value, halves[0][name] + halves[1][name])
+    assert first["count after step 0"].sum(1).tolist() == [BATCH] * 3

@@ -1,0 +1,1 @@
+"""Small stand-ins for the models and batches that this package meets."""

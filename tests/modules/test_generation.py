@@ -1,0 +1,617 @@
+"""vrpo_plugin.modules.generation: rewards, groups, weights and the policy loss, seen through the aligner."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fakes.tiny_sit import Batch, TinySiT, align, gradients, make_batch, tiny_aligner
+from torch import Tensor
+
+from vrpo_plugin.errors import ConfigError, ShapeError
+from vrpo_plugin.functional.rewards import RewardState
+from vrpo_plugin.modules.aligner import VRPOAligner, VRPOOutput
+from vrpo_plugin.modules.critic import LatentCritic, save_critic
+
+# Sums of a few hundred float32 terms of order one: the order of summation moves the sixth digit.
+FLOAT32: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-7}
+
+
+def mean_over_latent(x: Tensor) -> Tensor:
+    return x.mean((1, 2, 3))
+
+
+def linear_reward(seed: int, size: float = 1.0) -> tuple[Tensor, Callable[[RewardState], Tensor]]:
+    """A reward <c, x0_hat> and its constant gradient c."""
+    c = size * torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return c, lambda state: (state.x0_hat * c).sum((1, 2, 3))
+
+
+def generate(aligner: VRPOAligner, batch: Batch, velocity: Tensor, **kwargs: Any) -> VRPOOutput:
+    return aligner(batch.z, x0=batch.x0, x_t=batch.x_t, t=batch.t, velocity=velocity, y=batch.y, **kwargs)
+
+
+def velocity_like(batch: Batch) -> Tensor:
+    return torch.randn(batch.x0.shape, generator=torch.Generator().manual_seed(9)).requires_grad_()
+
+
+def reward_aligner(**overrides: Any) -> VRPOAligner:
+    return tiny_aligner(**{"built_in": (), "features": "none", **overrides})
+
+
+# ---- the policy loss against a loop ----
+
+
+def groups_of(t: np.ndarray, group: str, size: int) -> list[list[int]]:
+    order = list(range(len(t))) if group == "image" else sorted(range(len(t)), key=lambda i: t[i])
+    strata = max(len(t) // size, 1)
+    cut = [order[s * size : (s + 1) * size] for s in range(strata)]
+    cut[-1] += order[strata * size :]
+    return cut
+
+
+def oracle(
+    r: np.ndarray, t: np.ndarray, *, group: str, size: int, scale: str, aggregation: str, shares: list[float] | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Advantages (B,), coefficients (K, B) and weights (K, S) by loops over groups, for a first step."""
+    groups, count = groups_of(t, group, size), len(r)
+    variance = np.array([[r[k, g].var(ddof=1) for g in groups] for k in range(count)])
+    squares = np.zeros_like(r)
+    for g in groups:
+        squares[:, g] = (r[:, g] - r[:, g].mean(1, keepdims=True)) ** 2 * len(g) / (len(g) - 1)
+    bins = np.minimum((t * 10).astype(int), 9)
+    running = np.array([[squares[k, bins == bins[i]].mean() for i in range(len(t))] for k in range(count)])
+    weights = np.zeros((count, len(groups)))
+    for s, g in enumerate(groups):
+        inverse = 1 / running[:, g].mean(1)
+        weights[:, s] = np.clip(inverse / inverse.sum(), 0.1, 0.9) if shares is None else shares
+
+    def divisor(per_group: np.ndarray, s: int) -> float:
+        freedom = np.array([len(g) - 1 for g in groups])
+        pooled = (per_group * freedom).sum() / freedom.sum()
+        return {"none": 1.0, "group": per_group[s] ** 0.5 + 1e-4, "batch": pooled**0.5 + 1e-4}[scale]
+
+    total = np.zeros(len(t))
+    for s, g in enumerate(groups):
+        total[g] = (weights[:, s, None] * (r[:, g] - r[:, g].mean(1, keepdims=True))).sum(0)
+    total_variance = np.array([total[g].var(ddof=1) for g in groups])
+    advantages, coefficients = np.zeros(len(t)), np.zeros_like(r)
+    for s, g in enumerate(groups):
+        for k in range(count):
+            spread = total_variance if aggregation == "sum_then_normalize" else variance[k]
+            coefficients[k, g] = weights[k, s] / divisor(spread, s)
+            advantages[g] += coefficients[k, g] * (r[k, g] - r[k, g].mean())
+    return advantages, coefficients, weights
+
+
+@pytest.mark.parametrize("group", ["noise", "image"])
+@pytest.mark.parametrize("scale", ["none", "group", "batch"])
+@pytest.mark.parametrize(
+    ("aggregation", "shares"),
+    [("sum_then_normalize", None), ("sum_then_normalize", [0.25, 0.75]), ("normalize_then_sum", [0.25, 0.75])],
+)
+def test_loss_advantages_and_weights_are_the_loops(
+    group: str, scale: str, aggregation: str, shares: list[float] | None
+) -> None:
+    batch = make_batch(18 if group == "noise" else 16)  # 18: strata of 4, 4, 4 and 6
+    (c, first), (d, second) = linear_reward(1), linear_reward(2, size=0.6)
+    aligner = reward_aligner(
+        rewards={"first": first, "second": second},
+        group=group,
+        scale=scale,
+        aggregation=aggregation,
+        reward_weights="inverse_variance" if shares is None else {"first": shares[0], "second": shares[1]},
+    )
+    velocity = velocity_like(batch)
+    out = generate(aligner, batch, velocity)
+    out.generation_loss.backward()
+
+    t = batch.t.numpy()
+    x0_hat = (batch.x_t - batch.t[:, None, None, None] * velocity.detach()).numpy()
+    r = np.stack([(x0_hat * c.numpy()).sum((1, 2, 3)), (x0_hat * d.numpy()).sum((1, 2, 3))])
+    advantages, coefficients, weights = oracle(
+        r, t, group=group, size=4, scale=scale, aggregation=aggregation, shares=shares
+    )
+    np.testing.assert_allclose(out.rewards["first"], r[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(torch.stack([*out.weights.values()]), weights, rtol=1e-4)
+    np.testing.assert_allclose(out.advantages, advantages, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(out.generation_loss.item(), -(coefficients * r).mean(1).sum(), rtol=1e-4, atol=1e-5)
+    # x0_hat = x_t - t v, so the loss -mean_i sum_k c_ki <c_k, x0_hat_i> has the gradient + t c_ki c_k / B.
+    pull = np.einsum("kb,kchw->bchw", coefficients, np.stack([c.numpy(), d.numpy()]))
+    assert velocity.grad is not None
+    np.testing.assert_allclose(velocity.grad, t[:, None, None, None] * pull / len(t), rtol=1e-4, atol=1e-7)
+
+
+def test_normalize_then_sum_with_fixed_weights_makes_units_irrelevant() -> None:
+    batch = make_batch(8)
+    outs = []
+    for size in (1.0, 100.0):
+        aligner = reward_aligner(
+            rewards={"first": linear_reward(1)[1], "second": linear_reward(2, size=size)[1]},
+            aggregation="normalize_then_sum",
+            scale="group",
+            scale_eps=0.0,
+            reward_weights={"first": 1, "second": 3},
+        )
+        outs.append(generate(aligner, batch, velocity_like(batch)))
+    torch.testing.assert_close(outs[1].advantages, outs[0].advantages, **FLOAT32)
+    assert torch.equal(outs[0].weights["second"], torch.full((2,), 0.75))
+
+
+# ---- the critic learns from clean latents alone ----
+
+
+def critic_gradients(aligner: VRPOAligner, loss: Tensor) -> list[Tensor | None]:
+    assert aligner.critic is not None
+    return list(torch.autograd.grad(loss, list(aligner.critic.parameters()), retain_graph=True, allow_unused=True))
+
+
+def test_the_generation_loss_teaches_the_generator_and_not_the_critic() -> None:
+    batch, aligner = make_batch(8), reward_aligner(built_in=("semantic", "perceptual", "fidelity"))
+    velocity = velocity_like(batch)
+    out = generate(aligner, batch, velocity)
+    assert all(grad is None for grad in critic_gradients(aligner, out.generation_loss))
+    (grad,) = torch.autograd.grad(out.generation_loss, velocity)
+    assert (grad.flatten(1).norm(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("reward", ["semantic", "perceptual"])
+def test_each_reward_of_the_critic_teaches_the_generator(reward: str) -> None:
+    batch, aligner = make_batch(8), reward_aligner(built_in=(reward,))
+    velocity = velocity_like(batch)
+    out = generate(aligner, batch, velocity)
+    (grad,) = torch.autograd.grad(out.generation_loss, velocity)
+    assert (grad.flatten(1).norm(dim=1) > 0).all()
+    assert all(grad is None for grad in critic_gradients(aligner, out.generation_loss))
+
+
+def test_the_critic_loss_teaches_the_critic_and_not_the_generator() -> None:
+    model, batch = TinySiT(), make_batch(8)
+    aligner = tiny_aligner().attach(model)
+    out = align(model, aligner, batch)
+    grads = critic_gradients(aligner, out.critic_loss)
+    assert all(grad is not None for grad in grads)
+    # Biases that a normalisation takes away again have no gradient.
+    assert all(grad.abs().sum() > 0 for grad in grads if grad is not None and grad.ndim > 1)
+    aligner_parameters = {id(p) for p in aligner.parameters()}
+    backbone = [p for p in model.parameters() if id(p) not in aligner_parameters]
+    from_critic = torch.autograd.grad(out.critic_loss, backbone, allow_unused=True, retain_graph=True)
+    assert all(grad is None for grad in from_critic)
+    from_policy = torch.autograd.grad(out.policy_loss, backbone, allow_unused=True)
+    assert all(grad is not None and grad.abs().sum() > 0 for grad in from_policy)
+
+
+def test_the_critics_gradient_does_not_depend_on_what_is_generated() -> None:
+    batch, aligner = make_batch(8), reward_aligner(built_in=("semantic", "perceptual"))
+    total = [
+        critic_gradients(aligner, generate(aligner, batch, velocity).loss)
+        for velocity in (torch.zeros_like(batch.x0, requires_grad=True), velocity_like(batch))
+    ]
+    assert all(a is not None and b is not None and torch.equal(a, b) for a, b in zip(*total, strict=True))
+
+
+def test_the_critic_loss_is_one_minus_its_mean_cosine() -> None:
+    batch, aligner = make_batch(8), reward_aligner(built_in=("semantic",))
+    assert aligner.critic is not None
+    out = generate(aligner, batch, velocity_like(batch))
+    cosine = torch.cosine_similarity(aligner.critic(batch.x0).tokens[0], batch.z[0], dim=-1).mean()
+    torch.testing.assert_close(out.critic_loss, 1 - cosine, **FLOAT32)
+    torch.testing.assert_close(out.loss, out.policy_loss + 0.1 * out.critic_loss, **FLOAT32)
+    torch.testing.assert_close(out.metrics["vrpo/critic_cos"], cosine.detach(), **FLOAT32)
+
+
+def test_the_critic_comes_to_predict_the_tokens() -> None:
+    batch, aligner = make_batch(8), reward_aligner(built_in=("semantic",), critic_coeff=1.0)
+    target = torch.nn.functional.avg_pool2d(batch.x0, 2).flatten(2).mT  # tokens that a latent does determine
+    batch = replace(batch, z=(target.repeat(1, 1, 3),))
+    optimizer = torch.optim.Adam(aligner.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        out = generate(aligner, batch, batch.velocity)
+        out.loss.backward()
+        optimizer.step()
+        losses.append(out.critic_loss.item())
+    assert losses[0] > 0.7 and losses[-1] < 0.15
+
+
+def test_a_frozen_critic_neither_learns_nor_counts(tmp_path: Path) -> None:
+    path = tmp_path / "critic.safetensors"
+    trained = LatentCritic((4, 8, 8), (12,), (4, 4), width=16)
+    save_critic(trained, path)
+    batch = make_batch(8)
+    aligner = reward_aligner(built_in=("semantic", "perceptual"), critic_trainable=False, critic_checkpoint=str(path))
+    assert aligner.critic is not None
+    assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), aligner.critic.parameters(), strict=True))
+    velocity = velocity_like(batch)
+    out = generate(aligner, batch, velocity)
+    assert not [p for p in aligner.parameters() if p.requires_grad]
+    assert torch.equal(out.loss, out.policy_loss)
+    assert out.critic_loss.item() == 0 and not out.critic_loss.requires_grad
+    assert "vrpo/critic_cos" in out.metrics
+    out.loss.backward()
+    assert velocity.grad is not None and velocity.grad.abs().sum() > 0
+    assert all(p.grad is None for p in aligner.parameters())
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_critic_builds_a_graph_only_where_it_learns(tmp_path: Path, frozen: bool) -> None:
+    path = tmp_path / "critic.safetensors"
+    save_critic(LatentCritic((4, 8, 8), (12,), (4, 4), width=16), path)
+    aligner, batch = (
+        reward_aligner(built_in=("semantic",), critic_trainable=not frozen, critic_checkpoint=path),
+        make_batch(8),
+    )
+    assert aligner.critic is not None
+    seen: list[bool] = []
+    aligner.critic.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    velocity = velocity_like(batch)
+    generate(aligner, batch, velocity)
+    assert seen == [not frozen, True]  # the clean latents, then the estimates
+    with torch.no_grad():
+        generate(aligner, batch, velocity)
+    assert seen[2:] == [False, False]
+
+
+def test_a_loaded_critic_keeps_learning(tmp_path: Path) -> None:
+    path = tmp_path / "critic.safetensors"
+    save_critic(LatentCritic((4, 8, 8), (12,), (4, 4), width=16), path)
+    aligner, batch = reward_aligner(built_in=("semantic",), critic_checkpoint=str(path)), make_batch(8)
+    generate(aligner, batch, velocity_like(batch)).loss.backward()
+    assert aligner.critic is not None
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in aligner.critic.parameters() if p.ndim > 1)
+
+
+# ---- rewards of the user ----
+
+
+def test_a_reward_sees_the_whole_state() -> None:
+    seen: list[RewardState] = []
+
+    def reward(state: RewardState) -> Tensor:
+        seen.append(state)
+        return mean_over_latent(state.x0_hat)
+
+    batch, aligner = make_batch(8), reward_aligner(rewards={"mine": reward})
+    velocity = velocity_like(batch)
+    out = generate(aligner, batch, velocity, step=7)
+    (state,) = seen
+    torch.testing.assert_close(state.x0_hat, batch.x_t - batch.t[:, None, None, None] * velocity, **FLOAT32)
+    assert torch.equal(state.x0, batch.x0) and torch.equal(state.x_t, batch.x_t) and torch.equal(state.t, batch.t)
+    assert torch.equal(state.z[0], batch.z[0]) and state.y is batch.y and state.step == 7
+    assert aligner.critic is None
+    assert list(out.rewards) == ["mine", "fidelity"] and list(out.weights) == ["mine"]
+
+
+def test_a_custom_reward_is_added_to_the_built_in_ones() -> None:
+    batch = make_batch(8)
+    aligner = reward_aligner(built_in=("semantic",), rewards={"mine": lambda s: mean_over_latent(s.x0_hat)})
+    out = generate(aligner, batch, velocity_like(batch))
+    assert list(out.weights) == ["semantic", "mine"]
+    torch.testing.assert_close(sum(out.weights.values()), torch.ones(2))
+
+
+@pytest.mark.parametrize("rewards", ["rewards", "black_box_rewards"])
+@pytest.mark.parametrize("name", ["semantic", "perceptual", "fidelity"])
+def test_a_built_in_name_is_taken(rewards: str, name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"rewards: expected distinct names, got \['{name}'\]\. Rename"):
+        reward_aligner(**{rewards: {name: lambda s: mean_over_latent(s.x0_hat)}})
+
+
+def test_a_name_is_used_once() -> None:
+    mine = {"mine": lambda s: mean_over_latent(s.x0_hat)}
+    with pytest.raises(ConfigError, match=r"got \['mine'\]"):
+        reward_aligner(rewards=mine, black_box_rewards=mine)
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        lambda s: s.x0_hat.mean(),
+        lambda s: s.x0_hat.flatten(1),
+        lambda s: mean_over_latent(s.x0_hat)[:-1],
+        lambda s: (mean_over_latent(s.x0_hat), torch.ones(3, dtype=torch.bool)),
+    ],
+)
+@pytest.mark.parametrize("kind", ["rewards", "black_box_rewards"])
+def test_a_reward_of_another_shape_is_an_error(kind: str, reward: Callable[[RewardState], Tensor]) -> None:
+    batch = make_batch(8)
+    with pytest.raises(ShapeError, match=r"reward 'mine': expected values \(B=8,\).*, got .*\. Return one"):
+        generate(reward_aligner(**{kind: {"mine": reward}}), batch, velocity_like(batch), generator=torch.Generator())
+
+
+def test_a_reward_whose_gradient_is_cut_is_an_error() -> None:
+    batch = make_batch(8)
+    aligner = reward_aligner(rewards={"mine": lambda s: mean_over_latent(s.x0_hat.detach())})
+    with pytest.raises(ConfigError, match=r"reward 'mine': expected a value with a gradient .* black_box_rewards="):
+        generate(aligner, batch, velocity_like(batch))
+    with torch.no_grad():  # where nothing has a gradient, nothing is cut
+        generate(aligner, batch, velocity_like(batch))
+
+
+def test_shares_name_exactly_the_rewards() -> None:
+    for shares in ({"semantic": 1}, {"mine": 1}, {"semantic": 1, "mine": 1, "other": 1}):
+        with pytest.raises(ConfigError, match=r"reward_weights: expected one share for each of .* Name every reward"):
+            reward_aligner(
+                built_in=("semantic",), rewards={"mine": lambda s: mean_over_latent(s.x0_hat)}, reward_weights=shares
+            )
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf", "masked"])
+def test_a_reward_that_fails_for_one_sample_leaves_it_out(bad: str) -> None:
+    batch, odd = make_batch(8), 3
+    rest = torch.tensor([i for i in range(8) if i != odd])
+    velocity = velocity_like(batch)
+    is_odd = torch.arange(8) == odd
+
+    def reward(state: RewardState) -> Tensor | tuple[Tensor, Tensor]:
+        value = mean_over_latent(state.x0_hat.sin())
+        if len(value) < 8:
+            return value
+        if bad == "masked":
+            return value, ~is_odd
+        return value * torch.where(is_odd, torch.nan if bad == "nan" else torch.inf, 1.0)
+
+    def gradient(batch: Batch, velocity: Tensor) -> tuple[Tensor, VRPOOutput]:
+        out = generate(reward_aligner(rewards={"mine": reward}), batch, velocity)
+        return torch.autograd.grad(out.loss, velocity)[0], out
+
+    grad, out = gradient(batch, velocity)
+    expected, _ = gradient(batch[rest], velocity.detach()[rest].requires_grad_())
+    torch.testing.assert_close(grad[rest], expected, **FLOAT32)
+    assert torch.equal(grad[odd], torch.zeros_like(grad[odd]))
+    assert not torch.isfinite(out.rewards["mine"][odd]) and torch.isfinite(out.rewards["mine"][rest]).all()
+    assert out.advantages[odd] == 0 and torch.isfinite(out.loss)
+    assert all(torch.isfinite(metric) for metric in out.metrics.values())
+
+
+def test_a_reward_that_fails_takes_no_gradient_from_the_others() -> None:
+    batch, odd = make_batch(8), 3
+    velocity = velocity_like(batch)
+    failing = torch.where(torch.arange(8) == odd, torch.nan, 1.0)
+    sound = {"sound": lambda s: mean_over_latent(s.x0_hat.sin())}
+    failing_too = {**sound, "failing": lambda s: failing * mean_over_latent(s.x0_hat)}
+    with_failing = reward_aligner(rewards=failing_too, reward_weights={"sound": 1, "failing": 1})
+    alone = reward_aligner(rewards=sound, reward_weights={"sound": 1})
+    (grad,) = torch.autograd.grad(generate(with_failing, batch, velocity).loss, velocity)
+    (expected,) = torch.autograd.grad(generate(alone, batch, velocity).loss, velocity)
+    torch.testing.assert_close(grad[odd], 0.5 * expected[odd], **FLOAT32)
+
+
+def test_a_mask_leaves_samples_out_of_the_mean() -> None:
+    batch = make_batch(8)
+    scored = torch.arange(8) < 3
+    velocity = velocity_like(batch)
+    aligner = reward_aligner(rewards={"mine": lambda s: (mean_over_latent(s.x0_hat), scored)})
+    out = generate(aligner, batch, velocity)
+    x0_hat = batch.x_t - batch.t[:, None, None, None] * velocity
+    torch.testing.assert_close(out.generation_loss, -mean_over_latent(x0_hat)[:3].mean(), **FLOAT32)
+    assert torch.isnan(out.rewards["mine"]).tolist() == (~scored).tolist()
+
+
+def test_rewards_of_other_precision_are_taken() -> None:
+    batch = make_batch(8)
+    rewards = {
+        "double": lambda s: mean_over_latent(s.x0_hat.double()),
+        "half": lambda s: mean_over_latent(s.x0_hat.sin()).bfloat16(),
+    }
+    velocity = velocity_like(batch)
+    out = generate(reward_aligner(built_in=("semantic",), rewards=rewards), batch, velocity)
+    out.loss.backward()
+    assert velocity.grad is not None and torch.isfinite(velocity.grad).all()
+
+
+# ---- samples that are not finite ----
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["x0", "x_t", "velocity", "z"])
+def test_a_sample_that_is_not_finite_is_left_out(where: str, value: float) -> None:
+    batch, odd = make_batch(8), 3
+    rest = torch.tensor([i for i in range(8) if i != odd])
+    velocity = velocity_like(batch)
+    aligner = reward_aligner(
+        built_in=("semantic", "perceptual", "fidelity"),
+        reward_weights={"semantic": 1, "perceptual": 1, "fidelity": 1},
+    )
+
+    def spoil(x: Tensor) -> Tensor:
+        x = x.detach().clone()
+        x.flatten(1)[odd, 5] = value
+        return x
+
+    spoiled = {"x0": batch.x0, "x_t": batch.x_t, "velocity": velocity, "z": batch.z[0]}
+    spoiled[where] = spoil(spoiled[where])
+    given = spoiled["velocity"].detach().requires_grad_()
+    out = aligner(t=batch.t, **{**spoiled, "velocity": given})
+    out.loss.backward()
+    grads = gradients(aligner)
+    aligner.zero_grad()
+    sound = velocity.detach()[rest].requires_grad_()
+    expected = generate(aligner, batch[rest], sound)
+    expected.loss.backward()
+
+    torch.testing.assert_close(out.loss, expected.loss, **FLOAT32)
+    assert given.grad is not None
+    torch.testing.assert_close(given.grad[rest], sound.grad, **FLOAT32)
+    assert torch.equal(given.grad[odd], torch.zeros(4, 8, 8))
+    torch.testing.assert_close(grads, gradients(aligner), rtol=1e-4, atol=1e-6)
+    assert out.metrics["vrpo/nonfinite"] == 1 and out.advantages[odd] == 0
+
+
+# ---- black boxes ----
+
+
+def test_a_black_box_needs_a_generator() -> None:
+    batch, aligner = make_batch(8), reward_aligner(black_box_rewards={"box": lambda s: mean_over_latent(s.x0_hat)})
+    with pytest.raises(ConfigError, match=r"generator: expected a torch\.Generator, .*, got None\. Pass"):
+        generate(aligner, batch, velocity_like(batch))
+
+
+def test_a_black_box_scores_actions_and_not_the_mean() -> None:
+    seen: list[Tensor] = []
+
+    def box(state: RewardState) -> Tensor:
+        seen.append(state.x0_hat)
+        return mean_over_latent(state.x0_hat)
+
+    batch = make_batch(64)
+    velocity = velocity_like(batch)
+    aligner = reward_aligner(black_box_rewards={"box": box}, action_std=0.3)
+    out = generate(aligner, batch, velocity, generator=torch.Generator().manual_seed(3))
+    generate(aligner, batch, velocity, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(seen[0], seen[1]) and not seen[0].requires_grad
+    difference = seen[0] - (batch.x_t - batch.t[:, None, None, None] * velocity.detach())
+    # 16,384 normal draws: the deviation is known to half a percent.
+    assert difference.std().item() == pytest.approx(0.3, rel=0.02) and abs(difference.mean().item()) < 0.01
+    assert torch.equal(out.rewards["box"], mean_over_latent(seen[0]))
+
+
+@pytest.mark.parametrize("scale", ["none", "group"])
+def test_the_gradient_of_a_black_box_is_reinforce(scale: str) -> None:
+    actions: list[Tensor] = []
+
+    def box(state: RewardState) -> Tensor:
+        actions.append(state.x0_hat)
+        return mean_over_latent(state.x0_hat.square())
+
+    batch = make_batch(8)
+    velocity = velocity_like(batch)
+    aligner = reward_aligner(black_box_rewards={"box": box}, action_std=0.2, scale=scale)
+    out = generate(aligner, batch, velocity, generator=torch.Generator().manual_seed(3))
+    out.generation_loss.backward()
+    t = batch.t[:, None, None, None]
+    x0_hat = (batch.x_t - t * velocity).detach()
+    score = (actions[0] - x0_hat) / 0.2**2  # of log N(action; x0_hat, 0.2^2)
+    r = mean_over_latent(actions[0].square())
+    expected = torch.zeros_like(score)
+    for stratum in batch.t.argsort().split(4):
+        advantage = r[stratum] - r[stratum].mean()
+        if scale == "group":
+            advantage = advantage / (r[stratum].std() + 1e-4)
+        expected[stratum] = t[stratum] * advantage[:, None, None, None] * score[stratum] / 8
+    assert velocity.grad is not None
+    torch.testing.assert_close(velocity.grad, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_black_box_raises_its_reward() -> None:
+    model, images = TinySiT(), make_batch(8)
+    batch = images[torch.arange(8).repeat_interleave(8)]  # eight draws of each of eight images
+    aligner = reward_aligner(
+        black_box_rewards={"small": lambda s: -mean_over_latent(s.x0_hat.square())},
+        group="image",
+        group_size=8,
+        scale="group",
+    ).attach(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    rewards = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        out = align(model, aligner, batch, generator=generator)
+        out.loss.backward()
+        optimizer.step()
+        rewards.append(out.rewards["small"].mean().item())
+    assert rewards[-1] > 0.9 * rewards[0]  # rewards are negative: at least a tenth of the way to zero
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:5])
+
+
+def test_a_black_box_and_a_pathwise_reward_share_the_weights() -> None:
+    batch = make_batch(8)
+    aligner = reward_aligner(
+        rewards={"path": linear_reward(1)[1]},
+        black_box_rewards={"box": lambda s: mean_over_latent(s.x0_hat)},
+        reward_weights={"path": 1, "box": 3},
+    )
+    velocity = velocity_like(batch)
+    out = generate(aligner, batch, velocity, generator=torch.Generator().manual_seed(0))
+    assert out.weights["path"].tolist() == [0.25, 0.25] and out.weights["box"].tolist() == [0.75, 0.75]
+    (both,) = torch.autograd.grad(out.loss, velocity)
+    path_alone = reward_aligner(rewards={"path": linear_reward(1)[1]}, reward_coeff=0.8 * 0.25)
+    box_alone = reward_aligner(black_box_rewards={"box": lambda s: mean_over_latent(s.x0_hat)}, reward_coeff=0.8 * 0.75)
+    (path,) = torch.autograd.grad(generate(path_alone, batch, velocity).loss, velocity)
+    same = torch.Generator().manual_seed(0)
+    (box,) = torch.autograd.grad(generate(box_alone, batch, velocity, generator=same).loss, velocity)
+    torch.testing.assert_close(both, path + box, **FLOAT32)
+
+
+def test_a_black_box_that_fails_for_one_sample_leaves_it_out() -> None:
+    batch, odd = make_batch(8), 3
+    failing = torch.where(torch.arange(8) == odd, torch.nan, 1.0)
+    aligner = reward_aligner(black_box_rewards={"box": lambda s: failing * mean_over_latent(s.x0_hat)})
+    velocity = velocity_like(batch)
+    out = generate(aligner, batch, velocity, generator=torch.Generator().manual_seed(0))
+    out.loss.backward()
+    assert velocity.grad is not None and torch.isfinite(velocity.grad).all()
+    assert (velocity.grad.flatten(1).norm(dim=1) > 0).tolist() == [i != odd for i in range(8)]
+
+
+# ---- groups and memory ----
+
+
+def test_image_groups_need_whole_groups() -> None:
+    batch = make_batch(6)
+    with pytest.raises(ShapeError, match=r"batch: expected a multiple of group_size=4, got 6\."):
+        generate(reward_aligner(built_in=("fidelity",), group="image"), batch, velocity_like(batch))
+
+
+def test_weights_come_from_the_running_variance() -> None:
+    batch = make_batch(8)
+    rewards = {"a": linear_reward(1)[1], "b": linear_reward(2)[1]}
+    aligner = reward_aligner(rewards=rewards, weight_cap=1.0)
+    assert aligner.generation is not None
+    aligner.eval()
+    statistics = aligner.generation.statistics
+    statistics.square_sum.fill_(1.0)
+    statistics.square_sum[0].fill_(4.0)
+    statistics.count.fill_(2.0)
+    out = generate(aligner, batch, velocity_like(batch))
+    torch.testing.assert_close(out.weights["a"], torch.full((2,), 0.2))
+    torch.testing.assert_close(out.weights["b"], torch.full((2,), 0.8))
+
+
+def test_a_group_at_an_unseen_noise_level_uses_its_own_variance() -> None:
+    batch = make_batch(8)
+    rewards = {"a": linear_reward(1)[1], "b": linear_reward(2, size=0.5)[1]}
+    aligner = reward_aligner(rewards=rewards, weight_cap=1.0).eval()  # in eval mode nothing is remembered
+    out = generate(aligner, batch, velocity_like(batch))
+    for s, stratum in enumerate(batch.t.argsort().split(4)):
+        precision = torch.stack([1 / out.rewards[name][stratum].var() for name in ("a", "b")])
+        torch.testing.assert_close(out.weights["a"][s], precision[0] / precision.sum(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_statistics_watch_fidelity_without_optimising_it() -> None:
+    batch = make_batch(8)
+    aligner = reward_aligner(built_in=("semantic",))
+    out = generate(aligner, batch, velocity_like(batch))
+    assert aligner.generation is not None
+    assert aligner.generation.watched == ("semantic", "fidelity") and list(out.weights) == ["semantic"]
+    assert (aligner.generation.statistics.count.sum(1) == 8).all()
+    x0_hat = batch.x_t - batch.t[:, None, None, None] * velocity_like(batch).detach()
+    torch.testing.assert_close(out.rewards["fidelity"], -mean_over_latent((x0_hat - batch.x0).square()), **FLOAT32)
+
+
+def test_a_batch_of_one_has_no_variance_to_remember() -> None:
+    batch, aligner = make_batch(1), reward_aligner(built_in=("semantic",))
+    with pytest.warns(UserWarning, match="nothing to be compared with"):
+        generate(aligner, batch, velocity_like(batch))
+    assert aligner.generation is not None
+    assert aligner.generation.statistics.count.sum() == 0
+
+
+def test_a_rewards_network_stays_out_of_the_module() -> None:
+    class Scorer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(256, 1)
+
+        def forward(self, state: RewardState) -> Tensor:
+            return self.linear(state.x0_hat.flatten(1))[:, 0]
+
+    batch, aligner = make_batch(8), reward_aligner(rewards={"mine": Scorer()}, black_box_rewards={"box": Scorer()})
+    out = generate(aligner, batch, velocity_like(batch), generator=torch.Generator().manual_seed(0))
+    assert {"mine", "box"} < set(out.rewards)
+    assert not list(aligner.parameters()) and not [name for name in aligner.state_dict() if "linear" in name]

@@ -1,0 +1,31 @@
+"""Every Python block of README.md runs, in order, in one namespace; every command it names exists."""
+
+import re
+import shlex
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+README = (REPO / "README.md").read_text(encoding="utf-8")
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_python_blocks_run() -> None:
+    blocks = _blocks("python")
+    assert len(blocks) >= 2
+    namespace: dict = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert namespace["loss"].isfinite()
+    assert all(p.grad is not None for p in namespace["model"].parameters() if p.requires_grad)
+
+
+def test_files_in_commands_and_links_exist() -> None:
+    words = [word for block in _blocks("bash") for word in shlex.split(block.replace("\\\n", " "), comments=True)]
+    files = [word for word in words if word.startswith(("examples/", "benchmarks/")) and "." in word]
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    assert files and links
+    missing = [name for name in {*files, *links} if not (REPO / name).exists()]
+    assert not missing

@@ -1,0 +1,1 @@
+"""Measures of generated images: Frechet distance, precision and recall, in any feature network, stamped."""
