@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from train_options import TrainOptions
 
@@ -72,7 +73,9 @@ def update_ema(ema: SiT, model: SiT, decay: float, step: int) -> None:
     decay = min(decay, (1 + step) / (10 + step))
     source = dict(model.named_parameters())
     names, averages = zip(*ema.named_parameters(), strict=True)
-    torch._foreach_lerp_(list(averages), [source[name] for name in names], 1 - decay)
+    # Under FSDP2 a parameter is a shard, and its average is kept whole.
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in (source[name] for name in names)]
+    torch._foreach_lerp_(list(averages), whole, 1 - decay)
 
 
 class TrainingStep(nn.Module):

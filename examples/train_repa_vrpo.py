@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from train_options import TrainOptions, parse_options, to_dict
 from train_output import MetricBuffer, Painter, RunFolder
@@ -155,9 +156,10 @@ class Trainer:
             for name, value in metrics.items():
                 collected[name] = collected[name] + value / micro_steps if micro_step else value / micro_steps
         main, critic = self.clip_groups
-        collected["grad_norm"] = accelerator.clip_grad_norm_(main, self.options.max_grad_norm)
+        norms = {"grad_norm": accelerator.clip_grad_norm_(main, self.options.max_grad_norm)}
         if critic:
-            collected["grad_norm_critic"] = torch.nn.utils.clip_grad_norm_(critic, self.options.max_grad_norm)
+            norms["grad_norm_critic"] = torch.nn.utils.clip_grad_norm_(critic, self.options.max_grad_norm)
+        collected |= {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in norms.items()}
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         update_ema(self.ema, self.model, self.options.ema_decay, self.step)

@@ -13,6 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fakes.random_state import global_random_state
 
+# The tensors are small: a second thread gains nothing, and where cores are shared its spinning costs minutes.
+torch.set_num_threads(1)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "keeps_random_state: the test's body may not draw from a global generator")
