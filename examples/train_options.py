@@ -13,6 +13,8 @@ from vrpo_plugin.errors import explain
 
 DIGITS_RECIPE = Path(__file__).parent / "recipes" / "digits.yaml"
 
+ENCODER_PREFIX = "encoder-"  # of the file in the run's folder that keeps a small encoder
+
 # What makes a run this method; everything else of the objective stays adjustable.
 METHODS: dict[str, dict[str, Any]] = {
     "vrpo": {},
@@ -137,6 +139,10 @@ def parse_options(argv: Sequence[str] | None = None) -> tuple[TrainOptions, VRPO
     names = {f.name for f in fields(TrainOptions)}
     options = TrainOptions(**{k: v for k, v in values.items() if k in names})
     config = VRPOConfig(**{k: v for k, v in values.items() if k not in names})
+    for name, value in {"features": "host", "group": "image"}.items():
+        if getattr(config, name) == value:
+            do = "That setting is for loops that bring a loss, or several draws of one image, of their own."
+            raise ConfigError(explain(name, expected=f"not {value!r} in this trainer", got=repr(value), do=do))
     return options, config
 
 

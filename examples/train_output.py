@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from einops import rearrange
 from torch import Tensor
-from train_options import FREE_ON_RESUME, TrainOptions
+from train_options import ENCODER_PREFIX, FREE_ON_RESUME, TrainOptions
 
 import vrpo_plugin
 from vrpo_plugin import CheckpointError, ConfigError, VRPOConfig
@@ -45,7 +45,8 @@ class RunFolder:
 
     def _check_owner(self) -> None:
         recorded = self.path / "config.json"
-        if not self.path.exists() or not any(self.path.iterdir()):
+        found = self.path.iterdir() if self.path.exists() else ()
+        if all(entry.name.startswith(ENCODER_PREFIX) for entry in found):
             return
         if not self.options.resume or not recorded.exists():
             raise ConfigError(
@@ -73,7 +74,7 @@ class RunFolder:
             )
 
     def start(self) -> None:
-        """Makes the folder and writes config.json."""
+        """Makes the folder and writes config.json; called when all parts are built, so a failed start leaves none."""
         (self.path / "samples").mkdir(parents=True, exist_ok=True)
         record = {
             "settings": self.settings,

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from train_options import TrainOptions
+from train_options import ENCODER_PREFIX, TrainOptions
 
 from vrpo_plugin import ConfigError, VRPOAligner, VRPOConfig
 from vrpo_plugin.errors import explain
@@ -28,7 +28,8 @@ def build_targets(options: TrainOptions, source: Source, folder: Path, accelerat
             options.enc_type,
             source,
             checkpoint=options.enc_checkpoint,
-            cache=folder / "encoder.safetensors",
+            # Named after the data: what a failed start leaves behind is right or not found.
+            cache=folder / f"{ENCODER_PREFIX}{source.fingerprint()}.safetensors",
             device=accelerator.device,
         )
 
@@ -57,6 +58,17 @@ def aligner_of(model: SiT) -> VRPOAligner | None:
     """What ``attach`` registered on the model."""
     aligner = getattr(model, "vrpo", None)
     return aligner if isinstance(aligner, VRPOAligner) else None
+
+
+def describe(options: TrainOptions, config: VRPOConfig, model: SiT) -> str:
+    """One line that says what was built."""
+    main, critic = (sum(p.numel() for p in group) / 1e6 for group in parameter_groups(model))
+    parts = [f"{options.method}: {options.model} with heads {main:.2f}M trainable parameters"]
+    aligner = aligner_of(model)
+    if aligner is not None:
+        parts.append(f"aligned block(s) {', '.join(map(str, aligner.layers))}")
+        parts.append(f"critic {critic:.2f}M, rewards {', '.join(config.rewards)}" if critic else "no critic")
+    return "; ".join(parts)
 
 
 def build_ema(model: SiT) -> SiT:

@@ -33,6 +33,7 @@ from train_parts import (
     build_model,
     build_optimizer,
     build_targets,
+    describe,
     parameter_groups,
     update_ema,
 )
@@ -59,13 +60,11 @@ class Trainer:
         self.folder = RunFolder(options, config, to_dict(options, config), self.source.fingerprint())
         decode = build_decoder(options, self.source, device)
         accelerator.wait_for_everyone()  # every process has looked before the first one writes
-        if accelerator.is_main_process:
-            self.folder.start()
-        accelerator.wait_for_everyone()
         aligned = config.features == "policy" or config.reward_coeff > 0
         targets = build_targets(options, self.source, self.folder.path, accelerator) if aligned else None
         self.encode = targets.encode if targets else lambda images: ()
         self.model = build_model(options, config, self.source, targets).to(device)
+        accelerator.print(describe(options, config, self.model))
         self.ema = build_ema(self.model)
         step_module = TrainingStep(self.model, config.path_type)
         optimizer = build_optimizer(options, self.model)
@@ -114,6 +113,8 @@ class Trainer:
     def train(self) -> None:
         """Trains up to ``max_train_steps``; the last step always gets a grid and a checkpoint."""
         options = self.options
+        if self.accelerator.is_main_process:
+            self.folder.start()
         loader = iter(build_loader(options, self.config, self.source, self.accelerator, self.step))
         self.step_module.train()
         self.bar = tqdm(

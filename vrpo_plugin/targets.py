@@ -72,6 +72,7 @@ def load_targets(
     else:
         small = train_small_features(*all_images(source, SMALL_IMAGES), seed=SMALL_SEED)
         if cache is not None:
+            cache.parent.mkdir(parents=True, exist_ok=True)
             small.save(cache)
     small = small.to(device)
     return Targets((small.token_dim,), small.grid, lambda images: (small.tokens(images),))

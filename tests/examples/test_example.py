@@ -1,5 +1,6 @@
 """The main job as users run it: real processes, real files, a real kill."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,9 +8,13 @@ import time
 from pathlib import Path
 
 import harness
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 
+from vrpo_plugin.cli import main as vrpo_main
 from vrpo_plugin.evaluation.small_network import train_small_features
 from vrpo_plugin.reference.sources import DigitsSource, all_images
 
@@ -109,6 +114,58 @@ def test_accumulation_equals_one_batch(encoder: Path, tmp_path: Path) -> None:
     for a, b in zip(harness.metrics(whole), harness.metrics(split), strict=True):
         for name in ("loss", "denoising_loss", "generation_loss", "critic_loss", "grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), (a["step"], name)
+
+
+def _write_digits(folder: Path) -> list[tuple[str, int]]:
+    """The first 60 digits as 32-pixel RGB files in class folders; names and labels."""
+    names = []
+    source = DigitsSource(32)
+    for i in range(60):
+        image, _, label = source.load(i)
+        name = f"{label:05d}/img{i:08d}.png"
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0].numpy()).convert("RGB").save(folder / name)
+        names.append((name, label))
+    return names
+
+
+def test_image_folder_trains_with_a_frozen_pretrained_critic(tmp_path: Path) -> None:
+    _write_digits(tmp_path / "data")
+    common = ["--data-dir", str(tmp_path / "data"), "--enc-type", "small", "--critic-width", "16", "--num-workers", "0"]
+    critic = tmp_path / "critic.safetensors"
+    settings = ["--resolution", "32", "--steps", "3", "--batch-size", "8"]
+    vrpo_main(["train-critic", "--output", str(critic), *settings, *common])
+    frozen = ["--critic-checkpoint", str(critic), "--no-critic-trainable"]
+    images = ["--resolution", "32", "--model", "SiT-Ti/2", "--max-train-steps", "2", "--flip-prob", "0.5"]
+    encoder = critic.with_suffix(".encoder.safetensors")
+    folder = harness.run(tmp_path, "run", *common, *images, *frozen, encoder=encoder)
+    rows = harness.metrics(folder)
+    assert "grad_norm_critic" not in rows[0]
+    assert rows[0]["critic_loss"] == 0
+    trained, given = harness.weights(folder, 2), load_file(critic)
+    for name, value in given.items():
+        assert torch.equal(trained[f"model/vrpo.generation.critic.{name}"], value), name
+
+
+def test_repa_layout_trains_on_cached_latents(tmp_path: Path) -> None:
+    names = _write_digits(tmp_path / "data" / "images")
+    labels = []
+    for i, (name, label) in enumerate(names):
+        file = tmp_path / "data" / "vae-sd" / name.replace("img", "img-mean-std-").replace(".png", ".npy")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, np.abs(np.random.default_rng(i).normal(size=(8, 4, 4))).astype(np.float32))
+        labels.append([str(file.relative_to(tmp_path / "data" / "vae-sd")), label])
+    (tmp_path / "data" / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": labels}))
+    options = ["--data-dir", str(tmp_path / "data"), "--resolution", "32", "--enc-type", "small", "--model", "SiT-Ti/2"]
+    folder = harness.run(tmp_path, "run", *options, "--max-train-steps", "2")
+    assert len(harness.metrics(folder)) == 2
+    without_vae = subprocess.run(
+        [*harness.command(tmp_path, "grids", *options), "--sampling-steps", "1"],
+        env=harness.environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert without_vae.returncode != 0
+    assert "vae: expected a diffusers folder" in without_vae.stderr
+    assert not (tmp_path / "grids").exists()
 
 
 @pytest.mark.parametrize("method", ["none", "repa", "irepa"])

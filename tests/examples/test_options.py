@@ -83,6 +83,18 @@ def test_folder_of_another_run_is_refused_and_untouched(tmp_path: Path) -> None:
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
 
 
+def test_encoder_of_a_failed_start_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "encoder-0123.safetensors").write_bytes(b"")
+    _folder(tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [["--group", "image"], ["--features", "host"]])
+def test_settings_for_other_loops_are_refused(arguments: list[str]) -> None:
+    with pytest.raises(ConfigError, match="in this trainer"):
+        parse_options(arguments)
+
+
 def test_foreign_files_are_refused_even_with_resume(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("mine")

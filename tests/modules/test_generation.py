@@ -363,7 +363,8 @@ def test_a_reward_that_fails_for_one_sample_leaves_it_out(bad: str) -> None:
     expected, _ = gradient(batch[rest], velocity.detach()[rest].requires_grad_())
     torch.testing.assert_close(grad[rest], expected, **FLOAT32)
     assert torch.equal(grad[odd], torch.zeros_like(grad[odd]))
-    assert not torch.isfinite(out.rewards["mine"][odd]) and torch.isfinite(out.rewards["mine"][rest]).all()
+    assert torch.isnan(out.rewards["mine"][odd]) and torch.isfinite(out.rewards["mine"][rest]).all()
+    assert out.metrics["vrpo/nonfinite"] == (bad != "masked")  # what was not scored is no failure
     assert out.advantages[odd] == 0 and torch.isfinite(out.loss)
     assert all(torch.isfinite(metric) for metric in out.metrics.values())
 
@@ -440,6 +441,7 @@ def test_a_sample_that_is_not_finite_is_left_out(where: str, value: float) -> No
     assert torch.equal(given.grad[odd], torch.zeros(4, 8, 8))
     torch.testing.assert_close(grads, gradients(aligner), rtol=1e-4, atol=1e-6)
     assert out.metrics["vrpo/nonfinite"] == 1 and out.advantages[odd] == 0
+    assert all(torch.isnan(reward[odd]) for reward in out.rewards.values())
 
 
 # ---- black boxes ----

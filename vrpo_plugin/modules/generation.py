@@ -128,7 +128,7 @@ class GenerationReadout(nn.Module):
         return GenerationOutput(
             loss=loss,
             critic_loss=critic_loss,
-            rewards=dict(zip(self.watched, rewards, strict=True)),
+            rewards=dict(zip(self.watched, torch.where(valid, rewards, torch.nan), strict=True)),
             weights=dict(zip(self.names, weights.squeeze(-1), strict=True)),
             advantages=groups.join(advantages),
             metrics=self._metrics(rewards, valid, moments, weights, advantages, sound) | agreement,
@@ -146,7 +146,7 @@ class GenerationReadout(nn.Module):
         return (1 - cosine if trainable else zero), clean, {"vrpo/critic_cos": cosine.detach()}
 
     def _pathwise_rewards(self, state: RewardState, clean: CriticOutput | None) -> Tensor:
-        """Differentiable rewards (K, B); NaN where a reward did not score a sample."""
+        """Differentiable rewards (K, B), marked as :func:`_marked` says."""
         built_in: dict[str, Tensor] = {}
         if self.critic is not None and clean is not None:
             # Detached weights: the generator cannot teach its critic leniency.
@@ -179,7 +179,7 @@ class GenerationReadout(nn.Module):
                         do="Pass it in black_box_rewards=.",
                     )
                 )
-            values.append(value if scored is None else torch.where(scored, value, torch.nan))
+            values.append(_marked(value, scored))
         return values
 
     def _draw_action(self, state: RewardState, generator: torch.Generator | None) -> Tensor:
@@ -203,7 +203,7 @@ class GenerationReadout(nn.Module):
             acted = replace(state, x0_hat=action)
             for name, reward in self.black_box_rewards.items():
                 value, scored = _call_reward(name, reward, acted)
-                rows.append((value if scored is None else torch.where(scored, value, torch.nan))[None])
+                rows.append(_marked(value, scored)[None])
         if "fidelity" not in self.names:
             rows.append(fidelity_reward(state.x0_hat, state.x0)[None])
         return torch.cat(rows)
@@ -256,7 +256,7 @@ class GenerationReadout(nn.Module):
         metrics |= {f"vrpo/weight/{n}": w for n, w in zip(self.names, weights.mean((1, 2)), strict=True)}
         metrics["vrpo/advantage_abs"] = advantages.abs().sum() / valid[0].numel()
         metrics["vrpo/frac_reward_zero_std"] = 1 - moments.live[: len(self.names)].any(0).float().mean()
-        metrics["vrpo/nonfinite"] = (~sound).sum().float()
+        metrics["vrpo/nonfinite"] = (~sound | torch.isinf(rewards).any(0)).sum().float()
         return metrics
 
 
@@ -273,6 +273,12 @@ def _call_reward(name: str, reward: Reward, state: RewardState) -> tuple[Tensor,
             )
         )
     return value, scored
+
+
+def _marked(value: Tensor, scored: Tensor | None) -> Tensor:
+    """Inf for a reward that is not finite, which is counted; NaN where the reward did not score the sample."""
+    value = torch.where(torch.isfinite(value), value, torch.inf)
+    return value if scored is None else torch.where(scored, value, torch.nan)
 
 
 def _without_nonfinite(state: RewardState) -> tuple[RewardState, Tensor]:
