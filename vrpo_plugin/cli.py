@@ -1,6 +1,7 @@
 """The ``vrpo`` command."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
@@ -51,7 +52,8 @@ def _train_critic(**settings: object) -> None:
     from vrpo_plugin.pretrain import CriticTraining, train_critic
 
     record = train_critic(CriticTraining(**settings))  # type: ignore[arg-type]
-    print(f"wrote {record['output']}: mean cosine {record['held_out_cosine']:.4f} on held-out images")
+    if os.environ.get("RANK", "0") == "0":  # one line, however many processes accelerate launched
+        print(f"wrote {record['output']}: mean cosine {record['held_out_cosine']:.4f} on held-out images")
 
 
 if __name__ == "__main__":
