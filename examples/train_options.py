@@ -127,7 +127,13 @@ def parse_options(argv: Sequence[str] | None = None) -> tuple[TrainOptions, VRPO
         for f in fields(owner):
             text = f.metadata.get("help", "see VRPOConfig")
             _add_flag(group, f.name, hints[f.name], f"{text} (default: {f.default})".strip())
-    given = vars(parser.parse_args(argv))
+    known, unknown = parser.parse_known_args(argv)
+    own = {f.name for f in fields(TrainOptions)}
+    flags = [text.split("=")[0].lstrip("-").replace("-", "_") for text in unknown if text.startswith("--")]
+    check_keys(flags, own | {f.name for f in fields(VRPOConfig)}, subject="command line")
+    if unknown:
+        parser.error(f"unexpected: {' '.join(unknown)}")
+    given = vars(known)
     recipe = given.pop("config", None)
     if recipe is None and "data_dir" not in given:
         recipe = str(DIGITS_RECIPE)
@@ -136,9 +142,8 @@ def parse_options(argv: Sequence[str] | None = None) -> tuple[TrainOptions, VRPO
     if method not in METHODS:
         raise ConfigError(explain("method", expected=f"one of {tuple(METHODS)}", got=method, do="Choose one."))
     values = {**values, **METHODS[method], **given}
-    names = {f.name for f in fields(TrainOptions)}
-    options = TrainOptions(**{k: v for k, v in values.items() if k in names})
-    config = VRPOConfig(**{k: v for k, v in values.items() if k not in names})
+    options = TrainOptions(**{k: v for k, v in values.items() if k in own})
+    config = VRPOConfig(**{k: v for k, v in values.items() if k not in own})
     for name, value in {"features": "host", "group": "image"}.items():
         if getattr(config, name) == value:
             do = "That setting is for loops that bring a loss, or several draws of one image, of their own."

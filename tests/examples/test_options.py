@@ -70,6 +70,13 @@ def test_bad_recipe_is_refused(content: str, message: str, tmp_path: Path) -> No
         parse_options(["--config", str(recipe)])
 
 
+def test_unknown_option_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"got 'reward_cof'. Did you mean 'reward_coeff'"):
+        parse_options(["--reward-cof", "1"])
+    with pytest.raises(SystemExit):
+        parse_options(["stray"])
+
+
 def _folder(tmp_path: Path, *arguments: str, data: str = "digits") -> RunFolder:
     options, config = parse_options(["--output-dir", str(tmp_path), "--exp-name", "run", *arguments])
     return RunFolder(options, config, json.loads(json.dumps(to_dict(options, config))), data)
