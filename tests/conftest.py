@@ -1,6 +1,7 @@
 """What every test shares: a fixed seed, the fakes, and a guard of the global random state."""
 
 import random
+import socket
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -26,6 +27,14 @@ def _seed() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  the global generator is what a library might draw from
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a test tried to open a network connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,7 +1,6 @@
 """Frozen encoders: preprocessing and tokens against the formulas written out here, loading, and errors."""
 
 import copy
-import socket
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DINOV2 = "vit_small_patch14_dinov2.lvd142m"
 
 
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise AssertionError("a test tried to open a network connection")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 @pytest.fixture(scope="module")

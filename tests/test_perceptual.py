@@ -1,7 +1,6 @@
 """LPIPS as a reward: against the lpips package, gradients, sub-batches, and where its weights come from."""
 
 import copy
-import socket
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,7 @@ FILES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise AssertionError("a test tried to open a network connection")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 @pytest.fixture(scope="module")

@@ -31,8 +31,7 @@ def check_keys(keys: Iterable[str], known: Iterable[str], *, subject: str) -> No
 class VRPOConfig:
     """What the aligner optimises. docs/equations.md defines every symbol.
 
-    The defaults are those of the project's prototype (CIFAR-10 at 16 px, docs/equations.md names the runs) until
-    benchmarks/ has measured better ones.
+    The defaults follow a small prototype that is not part of this repository; no benchmark here has tuned them.
 
     Attributes:
         features: who aligns the tokens of an early block: ``policy`` (this package, REPA's cosine as a reward),

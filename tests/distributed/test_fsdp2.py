@@ -1,17 +1,15 @@
 """The example's parts on FSDP2 shards: two gloo processes train as one process does."""
 
-import os
-import socket
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
+from fakes.gloo import on_two_processes
 from train_options import parse_options
 from train_parts import TrainingStep, build_ema, build_model, build_optimizer, parameter_groups, update_ema
 
@@ -67,22 +65,10 @@ def _train(rank: int, world_size: int) -> tuple[list[float], dict[str, torch.Ten
     return losses, dict(ema.state_dict())
 
 
-def _worker(rank: int, world_size: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    torch.save(_train(rank, world_size), Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.mark.slow
 def test_fsdp2_trains_as_one_process(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_worker, args=(2, port, str(tmp_path)), nprocs=2)
     alone, ema_alone = _train(0, 1)
-    for rank in range(2):
-        losses, ema = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for losses, ema in on_two_processes(_train, tmp_path):
         # Gradients are summed in another order; twenty steps of Adam let float32's rounding grow to this.
         assert losses == pytest.approx(alone, rel=1e-4)
         for name, value in ema_alone.items():

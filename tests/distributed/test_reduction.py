@@ -1,13 +1,10 @@
 """Reward statistics on two gloo processes that see different batches and share nothing else."""
 
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from fakes.gloo import on_two_processes
 
 from vrpo_plugin import VRPOAligner
 from vrpo_plugin.functional.interpolant import noisy_sample
@@ -46,20 +43,9 @@ def _statistics(rank: int, world_size: int) -> dict[str, torch.Tensor]:
     return found
 
 
-def _worker(rank: int, world_size: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    torch.save(_statistics(rank, world_size), Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.mark.slow
 def test_statistics_are_reduced_and_the_same_on_all_ranks(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_worker, args=(2, port, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = on_two_processes(_statistics, tmp_path)
     halves = [_statistics(rank, 2) for rank in range(2)]
     for name, value in first.items():
         assert torch.equal(value, second[name]), name

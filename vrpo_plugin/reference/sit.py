@@ -46,7 +46,7 @@ def create_sit(name: str, **overrides: Any) -> "SiT":
     Raises:
         ConfigError: the name is unknown, or the sizes contradict each other.
 
-    Source: SiT, arXiv 2401.08740, table 1; the tiny ones (1.8M parameters) are ours.
+    Source: SiT, arXiv 2401.08740, table 1; the tiny ones (1.9M parameters with ten classes) are ours.
     """
     if name not in SIT_MODELS:
         nearest = difflib.get_close_matches(name, SIT_MODELS, n=3, cutoff=0.0)
