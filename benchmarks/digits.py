@@ -5,6 +5,7 @@ interrupted. One run takes 3 to 4 minutes on one CPU core.
 """
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
@@ -25,6 +26,12 @@ def result_of(folder: Path, method: str, seed: int) -> EvalResult:
     return EvalResult.from_json((run / "evaluation.json").read_text(encoding="utf-8"))
 
 
+def denoising_loss(folder: Path, method: str, seed: int) -> float:
+    """Mean of the last 100 training steps."""
+    lines = (folder / f"digits-{method}-seed{seed}" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return statistics.mean(json.loads(line)["denoising_loss"] for line in lines[-100:])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output-dir", type=Path, default=Path("exps/digits"))
@@ -37,16 +44,16 @@ def main() -> None:
         for result in row:
             compare(first, result)  # refuses unlike protocols
     print(f"{first.protocol.name}, network {first.protocol.feature_network}")
-    print("| method | Frechet distance by seed | mean | standard deviation | precision | recall |")
-    print("|---|---|---|---|---|---|")
+    print("| method | Frechet distance by seed | mean | standard deviation | precision | recall | denoising loss |")
+    print("|---|---|---|---|---|---|---|")
     for method, row in results.items():
         distances = [result.frechet_distance for result in row]
         spread = f"{statistics.stdev(distances):.3f}" if len(row) > 1 else "-"
         precision, recall = (statistics.mean(getattr(r, k) for r in row) for k in ("precision", "recall"))
         by_seed = ", ".join(f"{d:.3f}" for d in distances)
-        print(
-            f"| {method} | {by_seed} | {statistics.mean(distances):.3f} | {spread} | {precision:.3f} | {recall:.3f} |"
-        )
+        mean = statistics.mean(distances)
+        loss = statistics.mean(denoising_loss(arguments.output_dir, method, seed) for seed in arguments.seeds)
+        print(f"| {method} | {by_seed} | {mean:.3f} | {spread} | {precision:.3f} | {recall:.3f} | {loss:.4f} |")
 
 
 if __name__ == "__main__":
