@@ -84,5 +84,54 @@ def clean_estimate(x_t: Tensor, velocity: Tensor, t: Tensor, path_type: PathType
 
     Source: solves SiT's (arXiv 2401.08740) section 2 for x_0.
     """
-    alpha, sigma, alpha_dot, sigma_dot = path_coefficients(time_like(t, x_t), path_type)
+    return estimate_from_velocity(x_t, velocity, *path_coefficients(time_like(t, x_t), path_type))
+
+
+def estimate_from_velocity(
+    x_t: Tensor,
+    velocity: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    alpha_dot: Tensor | float,
+    sigma_dot: Tensor | float,
+) -> Tensor:
+    """One-step estimate of the clean latent on any path and in any direction of time (equation 2).
+
+    Args:
+        x_t: alpha x_0 + sigma noise, (B, C, H, W).
+        velocity: prediction of alpha_dot x_0 + sigma_dot noise, same shape.
+        alpha, sigma, alpha_dot, sigma_dot: broadcast over x_t; derivatives by the host's own time.
+
+    Returns:
+        x0_hat (B, C, H, W).
+
+    Source: solves SiT's (arXiv 2401.08740) section 2 for x_0.
+    """
     return (sigma_dot * x_t - sigma * velocity) / (alpha * sigma_dot - alpha_dot * sigma)
+
+
+def estimate_from_noise(x_t: Tensor, noise_hat: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """One-step estimate of the clean latent from predicted noise (equation 2b).
+
+    The value is (x_t - sigma noise_hat) / alpha. Its derivative by noise_hat, -sigma / alpha, grows without
+    bound towards pure noise (157 at the last of DiT's steps), so the gradient is taken as -sigma: that of a
+    model that predicts the velocity on a variance-preserving path.
+
+    Args:
+        x_t: alpha x_0 + sigma noise, (B, C, H, W).
+        noise_hat: the model's prediction, same shape.
+        alpha, sigma: broadcast over x_t; alpha > 0.
+
+    Returns:
+        x0_hat (B, C, H, W).
+
+    Source: DDPM, arXiv 2006.11239, equation 15; velocity prediction, arXiv 2202.00512; the gradient is our
+        derivation.
+    """
+    value = (x_t - sigma * noise_hat.detach()) / alpha
+    return value - sigma * (noise_hat - noise_hat.detach())
+
+
+def noise_level(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The linear path's time of the same signal-to-noise ratio, sigma / (alpha + sigma), in [0, 1]."""
+    return sigma / (alpha + sigma)

@@ -1,6 +1,7 @@
 """What other files share: the working precision, masks of finite samples, and the resampling of token grids."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,3 +73,30 @@ def finite_samples(*tensors: Tensor) -> Tensor:
 def zero_unless(sound: Tensor, x: Tensor) -> Tensor:
     """``x`` (B, ...) with zeros for the samples that are not sound, so that no NaN enters a backward pass."""
     return torch.where(sound.reshape(-1, *(1 for _ in x.shape[1:])), x, 0)
+
+
+def add_gradient(value: Tensor, loss: Tensor) -> Tensor:
+    """``value`` with the gradient of ``value + loss``.
+
+    A host then minimises our loss with its own, whatever it multiplies that by (loss scale, accumulation), and
+    goes on logging its own.
+
+    Args:
+        value: any shape; a host's loss per sample (B,), of which it takes the mean.
+        loss: scalar.
+    """
+    return _AddGradient.apply(value, loss)
+
+
+class _AddGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(value: Tensor, loss: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.dtype = inputs[1].dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad.sum().to(ctx.dtype)

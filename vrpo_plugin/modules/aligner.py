@@ -27,6 +27,7 @@ from vrpo_plugin.modules.generation import GenerationReadout, Reward
 from vrpo_plugin.modules.inputs import (
     check_hidden,
     check_latents,
+    check_projected,
     check_targets,
     say_group_sizes,
     sizes_of_encoder,
@@ -47,6 +48,7 @@ class VRPOOutput:
         policy_loss: scalar, all that reaches the generator:
             proj_coeff * release * features_loss + reward_coeff * generation_loss.
         features_loss: scalar, the negative reward of the features readout; REPA's projection loss.
+        release: share of the features part that its schedule has left, in [0, 1].
         generation_loss: scalar, the policy loss of the generation readout.
         critic_loss: scalar, 1 - mean cosine of the critic on clean latents.
         rewards: name to (B,), without gradient; NaN where a reward is not finite or did not score the sample.
@@ -58,6 +60,7 @@ class VRPOOutput:
     loss: Tensor
     policy_loss: Tensor
     features_loss: Tensor
+    release: Tensor | float
     generation_loss: Tensor
     critic_loss: Tensor
     rewards: dict[str, Tensor]
@@ -80,6 +83,10 @@ class VRPOAligner(nn.Module):
         token_grid: (h, w) that the encoder tokens come in; by default half the latent's sides, the grid of a
             patch-2 transformer and of REPA's encoders.
         encoder_depth: the host's own aligned block, 1-based; used by ``layers="early"``.
+        own_projectors: False where the host projects its tokens itself; ``forward`` then takes ``z_tilde``, and
+            there are no projectors and no taps here.
+        prefix_tokens: tokens before the grid, in the encoder's tokens and the transformer's alike (REG's class
+            token: 1). The features readout aligns them; the generation readout does not see them.
         config: the objective; further keywords override its fields.
         rewards: differentiable rewards of your own, name to callable (RewardState) -> (B,), or a pair with a
             mask of the samples that were scored.
@@ -104,6 +111,8 @@ class VRPOAligner(nn.Module):
         latent_shape: Sequence[int] | None = None,
         token_grid: tuple[int, int] | None = None,
         encoder_depth: int | None = None,
+        own_projectors: bool = True,
+        prefix_tokens: int = 0,
         config: VRPOConfig | None = None,
         rewards: Mapping[str, Reward] | None = None,
         black_box_rewards: Mapping[str, Reward] | None = None,
@@ -120,6 +129,7 @@ class VRPOAligner(nn.Module):
                 do = "Name built-in rewards in config=VRPOConfig(rewards=...)."
                 raise ConfigError(explain(name, expected="a mapping from name to callable", got=repr(given), do=do))
         self.depth = depth
+        self.own_projectors, self.prefix_tokens = own_projectors, prefix_tokens
         self.layers = resolve_layers(self.config.layers, depth, encoder_depth=encoder_depth)
         if token_grid is None and latent_shape is not None and len(latent_shape) == 3:
             token_grid = (max(1, latent_shape[1] // 2), max(1, latent_shape[2] // 2))
@@ -132,7 +142,7 @@ class VRPOAligner(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def _build_projectors(self) -> nn.ModuleList:
-        if self.config.features != "policy":
+        if self.config.features != "policy" or not self.own_projectors:
             return nn.ModuleList()
         return nn.ModuleList(
             build_projector(self.config.projector, self.hidden_dim, dim, projector_dim=self.config.projector_dim)
@@ -246,6 +256,7 @@ class VRPOAligner(nn.Module):
         velocity: Tensor | None = None,
         x0_hat: Tensor | None = None,
         hidden: Tensor | Sequence[Tensor] | None = None,
+        z_tilde: Tensor | Sequence[Tensor] | None = None,
         y: Tensor | None = None,
         step: int | None = None,
         generator: torch.Generator | None = None,
@@ -260,6 +271,7 @@ class VRPOAligner(nn.Module):
             velocity: the model's prediction (B, C, H, W), pointing from data to noise; gives x0_hat.
             x0_hat: clean estimates (B, C, H, W), for models of another parametrisation.
             hidden: tokens (B, N, hidden_dim) per tapped block; by default what the taps kept.
+            z_tilde: projected tokens (B, N, D), one per encoder, with ``own_projectors=False``.
             y: labels (B,), passed on to your rewards.
             step: training step; by default the calls in training mode are counted.
             generator: for black-box rewards.
@@ -272,25 +284,28 @@ class VRPOAligner(nn.Module):
             HostNotFoundError: the taps did not fire.
             ConfigError: a black-box reward without ``generator``.
         """
-        targets = (z,) if isinstance(z, Tensor) else tuple(z)
-        tokens = self._hidden_tokens(hidden)
+        targets, tokens = _tuple(z), self._hidden_tokens(hidden)
+        projected = _tuple(z_tilde) if self.config.features == "policy" and not self.own_projectors else ()
         if not self._checked:
             batch = check_targets(targets, self.target_dims)
             if tokens:
                 check_hidden(tokens, batch, self.layers, self.hidden_dim)
+            if self.config.features == "policy" and not self.own_projectors:
+                check_projected(projected, batch, self.target_dims)
             if self.generation is not None:
                 check_latents(batch, x0=x0, x_t=x_t, t=t, estimate=velocity if x0_hat is None else x0_hat)
                 if self.config.group == "noise":
                     say_group_sizes(batch, self.config.group_size)
-            self._checked = True
+            # While compiling, the checks leave no code behind, and a changed attribute would compile it all again.
+            self._checked = not torch.compiler.is_compiling()
         if self.training:
             self.step += 1
         if self.config.target_norm == "spatial":
             targets = tuple(spatial_normalize(target) for target in targets)
         zero = torch.zeros((), device=targets[0].device)
         features_loss, metrics, rewards = zero, {}, {}
-        if tokens:
-            reward, sound = self._features_reward(tokens, targets)
+        if tokens or projected:
+            reward, sound = self._features_reward(tokens, projected, targets)
             features_loss = -masked_mean(reward, sound)
             rewards["semantic_features"] = torch.where(sound, reward.detach(), torch.nan)
             metrics["vrpo/align_cos"] = -features_loss.detach()
@@ -301,9 +316,10 @@ class VRPOAligner(nn.Module):
             if x0_hat is None:
                 assert velocity is not None
                 x0_hat = clean_estimate(promote(x_t), promote(velocity), t, self.config.path_type)
-            on_grid = tuple(_resample(target, self.token_grid) for target in targets)
+            on_grid = tuple(_resample(target[:, self.prefix_tokens :], self.token_grid) for target in targets)
             generated = self.generation(RewardState(x0_hat, x0, x_t, t, on_grid, y, step), generator)
-        policy_loss = self.config.proj_coeff * self._release(step) * features_loss
+        release = self._release(step)
+        policy_loss = self.config.proj_coeff * release * features_loss
         loss = policy_loss
         if generated is not None:
             policy_loss = policy_loss + self.config.reward_coeff * generated.loss
@@ -312,6 +328,7 @@ class VRPOAligner(nn.Module):
             loss=loss,
             policy_loss=policy_loss,
             features_loss=features_loss,
+            release=release,
             generation_loss=generated.loss if generated else zero,
             critic_loss=generated.critic_loss if generated else zero,
             rewards=rewards | (generated.rewards if generated else {}),
@@ -325,20 +342,27 @@ class VRPOAligner(nn.Module):
             return ()
         if hidden is None:
             return self.taps.take()
-        return (hidden,) if isinstance(hidden, Tensor) else tuple(hidden)
+        return _tuple(hidden)
 
-    def _features_reward(self, tokens: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def _features_reward(
+        self, tokens: tuple[Tensor, ...], projected: tuple[Tensor, ...], targets: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
         """Mean cosine (B,) over taps and encoders (equation 3), and which samples (B,) are finite."""
-        sound = finite_samples(*tokens, *targets)
-        tokens = tuple(zero_unless(sound, hidden) for hidden in tokens)
+        sound = finite_samples(*tokens, *projected, *targets)
         targets = tuple(zero_unless(sound, target) for target in targets)
-        rewards = []
+        aligned = [(zero_unless(sound, z_tilde), z) for z_tilde, z in zip(projected, targets, strict=False)]
         for i, hidden in enumerate(tokens):
-            for j, target in enumerate(targets):
-                z_tilde = self.projectors[i * len(targets) + j](hidden)
-                grid = None if target.shape[1] == hidden.shape[1] else square_grid(hidden.shape[1])
-                rewards.append(cosine_alignment(z_tilde, _resample(target, grid)))
+            clean = zero_unless(sound, hidden)
+            aligned += [(self.projectors[i * len(targets) + j](clean), z) for j, z in enumerate(targets)]
+        rewards = [cosine_alignment(z_tilde, self._like(z, z_tilde)) for z_tilde, z in aligned]
         return torch.stack(rewards).mean(0), sound
+
+    def _like(self, z: Tensor, z_tilde: Tensor) -> Tensor:
+        """The encoder's tokens (B, N, D) on the transformer's grid."""
+        if z.shape[1] == z_tilde.shape[1]:
+            return z
+        prefix, grid = self.prefix_tokens, square_grid(z_tilde.shape[1] - self.prefix_tokens)
+        return torch.cat([z[:, :prefix], _resample(z[:, prefix:], grid)], 1)
 
     def _release(self, step: int | None) -> Tensor | float:
         """Share of the features part that is left (equation 17); a tensor where the aligner counts itself."""
@@ -348,6 +372,10 @@ class VRPOAligner(nn.Module):
         if self.config.release == "linear":
             return torch.clamp(1 - done, 0, 1) if isinstance(done, Tensor) else min(max(1 - done, 0.0), 1.0)
         return (done < 1).float() if isinstance(done, Tensor) else float(done < 1)
+
+
+def _tuple(tensors: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+    return (tensors,) if isinstance(tensors, Tensor) else tuple(tensors or ())
 
 
 def _resample(z: Tensor, grid: tuple[int, int] | None) -> Tensor:

@@ -76,6 +76,18 @@ def check_hidden(hidden: tuple[Tensor, ...], batch: int, layers: tuple[int, ...]
         _mismatch("hidden", expected, [tuple(h.shape) for h in hidden])
 
 
+def check_projected(z_tilde: tuple[Tensor, ...], batch: int, target_dims: tuple[int, ...]) -> None:
+    """Checks projected tokens, one (B, N, D) per encoder.
+
+    Raises:
+        ShapeError: they do not fit.
+    """
+    dims = tuple(z.shape[-1] for z in z_tilde)
+    if dims != target_dims or any(z.ndim != 3 or len(z) != batch for z in z_tilde):
+        expected = f"one (B={batch}, N, D) per encoder, D in {target_dims}, with own_projectors=False"
+        _mismatch("z_tilde", expected, [tuple(z.shape) for z in z_tilde])
+
+
 def check_latents(
     batch: int, *, x0: Tensor | None, x_t: Tensor | None, t: Tensor | None, estimate: Tensor | None
 ) -> None:

@@ -55,7 +55,8 @@ class Tap:
     def capture(self, module: nn.Module, args: Any, output: Any) -> None:
         # Reentrant checkpointing first runs a block without gradients: such tokens would teach it nothing.
         if self.armed and torch.is_grad_enabled():
-            self.hidden, self.armed = output, False
+            # A block of two streams (SD3's MMDiT) returns (context, image tokens).
+            self.hidden, self.armed = output[-1] if isinstance(output, tuple) else output, False
 
     def __getstate__(self) -> dict[str, Any]:
         # A kept activation is no leaf, and deepcopy refuses those.
