@@ -1,0 +1,250 @@
+"""Attributes of a host's classes and modules, replaced together and put back together."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from types import FunctionType, ModuleType, TracebackType
+from typing import Any
+
+from vrpo_plugin.errors import HostNotFoundError, PatchConflictError, explain
+
+MARKER = "__vrpo_patch__"
+_ABSENT = object()
+_active: list["PatchHandle"] = []
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One attribute of a class or module, and what takes its place.
+
+    Attributes:
+        owner: a class or a module; not an instance, whose dunder methods Python ignores.
+        name: of the attribute.
+        wrap: builds the replacement from the attribute as it stands in the owner's or a base's ``__dict__``
+            (a staticmethod, classmethod or property arrives as that object), or from None where there is none.
+            A function that replaces a function uses ``functools.wraps``.
+        label: name for messages and counters: ``loss.SILoss.__call__``.
+        required: False sets the attribute where there is none; removal deletes it again.
+    """
+
+    owner: Any
+    name: str
+    wrap: Callable[[Any], Any]
+    label: str
+    required: bool = True
+
+
+@dataclass(frozen=True)
+class _Replacement:
+    seam: Seam
+    own: Any  # the raw object of the owner's own __dict__, or _ABSENT
+    new: Any
+    link: Mapping[str, Any]  # what was added to the new function's attributes
+
+    def is_on_top(self) -> bool:
+        return vars(self.seam.owner).get(self.seam.name, _ABSENT) is self.new
+
+    def put(self) -> None:
+        setattr(self.seam.owner, self.seam.name, self.new)
+        if self.link:
+            vars(_function_of(self.new)).update(self.link)
+
+    def take_back(self) -> None:
+        if self.is_on_top():  # else it never got there, and an owner that refused it would refuse the original too
+            if self.own is _ABSENT:
+                delattr(self.seam.owner, self.seam.name)
+            else:
+                setattr(self.seam.owner, self.seam.name, self.own)
+        for key in self.link:
+            vars(_function_of(self.new)).pop(key, None)
+
+
+class PatchHandle:
+    """A set of replaced attributes; ``remove()`` or the end of a ``with`` block puts the originals back.
+
+    Attributes:
+        name: of the host: ``repa``.
+        config: what the patch was made with, compared by ``==``.
+        seams: labels of the replaced attributes, in order.
+        fired: how often each replacement ran, by label.
+    """
+
+    def __init__(self, name: str, config: Any) -> None:
+        self.name = name
+        self.config = config
+        self.seams: tuple[str, ...] = ()
+        self.fired: dict[str, int] = {}
+        self._replacements: tuple[_Replacement, ...] = ()
+
+    def fire(self, label: str) -> None:
+        """Counts one run of a replacement, which calls this itself."""
+        self.fired[label] += 1
+
+    def remove(self) -> None:
+        """Puts every original back, the last first; a second call does nothing.
+
+        Raises:
+            PatchConflictError: somebody has replaced one of the attributes since; then none is put back.
+        """
+        if self not in _active:
+            return
+        for replacement in self._replacements:
+            if not replacement.is_on_top():
+                raise PatchConflictError(
+                    explain(
+                        f"remove {self.name!r}: {replacement.seam.label}",
+                        expected="the replacement of this patch",
+                        got="one that was put there later",
+                        do="Remove the later one first.",
+                    )
+                )
+        for replacement in reversed(self._replacements):
+            replacement.take_back()
+        _active.remove(self)
+
+    def __enter__(self) -> "PatchHandle":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def active_handles() -> tuple[PatchHandle, ...]:
+    """Handles that are not removed, the oldest first."""
+    return tuple(_active)
+
+
+def apply_patch(name: str, config: Any, seams: Callable[[PatchHandle], Sequence[Seam]] | Sequence[Seam]) -> PatchHandle:
+    """Replaces every seam, or none where anything fails on the way.
+
+    Args:
+        name: of the host.
+        config: what tells this patch from another of the same name, by ``==``.
+        seams: the attributes to replace, or a function from the new handle to them, for wrappers that call
+            ``handle.fire``.
+
+    Returns:
+        The new handle; the live one where the same seams are patched under an equal name and configuration.
+
+    Raises:
+        HostNotFoundError: no seams, an owner that is no class or module, or a required attribute that is absent.
+        PatchConflictError: the name is live with another configuration, a seam belongs to another patch, stands
+            twice in the list, or its ``wrap`` returned nothing new.
+    """
+    handle = PatchHandle(name, config)
+    seams = tuple(seams(handle) if callable(seams) else seams)
+    live = _live_handle(name, config, seams)
+    if live is not None:
+        return live
+    _verify(name, seams)
+    replacements = tuple(_replacement(name, seam) for seam in seams)
+    try:
+        for replacement in replacements:
+            replacement.put()
+    except BaseException:
+        for replacement in reversed(replacements):
+            replacement.take_back()
+        raise
+    handle.seams = tuple(seam.label for seam in seams)
+    handle.fired = dict.fromkeys(handle.seams, 0)
+    handle._replacements = replacements
+    _active.append(handle)
+    return handle
+
+
+def _live_handle(name: str, config: Any, seams: Sequence[Seam]) -> PatchHandle | None:
+    for live in _active:
+        if live.name != name:
+            continue
+        if live.config != config:
+            raise PatchConflictError(
+                explain(
+                    f"patch {name!r}",
+                    expected="the configuration in force, or no live patch of that name",
+                    got=_difference(live.config, config),
+                    do="Call remove() on the handle that the first call returned (active_handles() lists it), "
+                    "then apply again.",
+                )
+            )
+        if {_place(one.seam) for one in live._replacements} == {_place(seam) for seam in seams}:
+            return live
+    return None
+
+
+def _verify(name: str, seams: Sequence[Seam]) -> None:
+    if not seams:
+        do = "Import the host's classes first, and give at least one seam."
+        raise HostNotFoundError(
+            explain(f"patch {name!r}", expected="something to replace", got="nothing to patch", do=do)
+        )
+    places = set()
+    for seam in seams:
+        if not isinstance(seam.owner, (type, ModuleType)):
+            do = "Give the class itself, or the module."
+            raise HostNotFoundError(explain(seam.label, expected="a class or a module", got=repr(seam.owner), do=do))
+        current = _current(seam)
+        if current is _ABSENT and seam.required:
+            got = f"no attribute {seam.name!r} on {seam.owner.__name__}"
+            do = "Use a supported version of the host."
+            raise HostNotFoundError(explain(seam.label, expected="an attribute to replace", got=got, do=do))
+        holder = _holder(current)
+        if holder is not None:
+            do = "Call remove() on that patch's handle first (active_handles() lists it)."
+            raise PatchConflictError(
+                explain(seam.label, expected="an attribute not yet patched", got=f"the patch {holder!r}", do=do)
+            )
+        if _place(seam) in places:
+            do = "Do both in one wrap."
+            raise PatchConflictError(explain(seam.label, expected="one seam per attribute", got="two", do=do))
+        places.add(_place(seam))
+
+
+def _replacement(name: str, seam: Seam) -> _Replacement:
+    current = _current(seam)
+    original = None if current is _ABSENT else current
+    new = seam.wrap(original)
+    if new is None or new is original:
+        got = "None" if new is None else "the original"
+        do = "Return the new attribute from wrap."
+        raise PatchConflictError(explain(seam.label, expected="a replacement", got=got, do=do))
+    link: dict[str, Any] = {}
+    function = _function_of(new)
+    if function is not None:
+        link[MARKER] = name
+        if original is not None and not hasattr(function, "__wrapped__"):
+            link["__wrapped__"] = _function_of(original) or original
+    return _Replacement(seam, vars(seam.owner).get(seam.name, _ABSENT), new, link)
+
+
+def _place(seam: Seam) -> tuple[int, str]:
+    return id(seam.owner), seam.name
+
+
+def _current(seam: Seam) -> Any:
+    """The raw attribute. Not by ``getattr``, which binds it, and finds ``type.__call__`` on any class."""
+    owners = seam.owner.__mro__ if isinstance(seam.owner, type) else (seam.owner,)
+    return next((vars(owner)[seam.name] for owner in owners if seam.name in vars(owner)), _ABSENT)
+
+
+def _function_of(attribute: Any) -> FunctionType | None:
+    """The plain function in an attribute: the only kind that is marked, for others cannot or may be shared."""
+    if isinstance(attribute, (staticmethod, classmethod)):
+        attribute = attribute.__func__
+    return attribute if isinstance(attribute, FunctionType) else None
+
+
+def _holder(attribute: Any) -> str | None:
+    """Name of the patch that an attribute belongs to: by identity, or by the mark that ``wraps`` hands on."""
+    for handle in _active:
+        if any(one.new is attribute for one in handle._replacements):
+            return handle.name
+    function = _function_of(attribute)
+    return None if function is None else vars(function).get(MARKER)
+
+
+def _difference(old: Any, new: Any) -> str:
+    if is_dataclass(old) and type(old) is type(new):
+        names = [field.name for field in fields(old) if getattr(old, field.name) != getattr(new, field.name)]
+        return ", ".join(f"{name} {getattr(old, name)!r} -> {getattr(new, name)!r}" for name in names)
+    return f"{old!r} -> {new!r}"
