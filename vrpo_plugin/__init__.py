@@ -14,6 +14,18 @@ from vrpo_plugin.errors import (
     WeightsNotFoundError,
 )
 from vrpo_plugin.functional.rewards import RewardState
+from vrpo_plugin.hosts import (
+    HostSpec,
+    apply_vrpo,
+    apply_vrpo_to_dit,
+    apply_vrpo_to_irepa,
+    apply_vrpo_to_lightningdit,
+    apply_vrpo_to_reg,
+    apply_vrpo_to_repa,
+    apply_vrpo_to_repa_t2i,
+    apply_vrpo_to_repae,
+    apply_vrpo_to_sit,
+)
 from vrpo_plugin.modules.aligner import VRPOAligner, VRPOOutput
 
 __all__ = [
@@ -22,6 +34,7 @@ __all__ = [
     "DataError",
     "HostChangedError",
     "HostNotFoundError",
+    "HostSpec",
     "PatchConflictError",
     "RewardState",
     "ShapeError",
@@ -31,4 +44,13 @@ __all__ = [
     "VRPOOutput",
     "WeightsNotFoundError",
     "__version__",
+    "apply_vrpo",
+    "apply_vrpo_to_dit",
+    "apply_vrpo_to_irepa",
+    "apply_vrpo_to_lightningdit",
+    "apply_vrpo_to_reg",
+    "apply_vrpo_to_repa",
+    "apply_vrpo_to_repa_t2i",
+    "apply_vrpo_to_repae",
+    "apply_vrpo_to_sit",
 ]

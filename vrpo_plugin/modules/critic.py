@@ -149,17 +149,7 @@ def load_critic_weights(critic: LatentCritic, path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing, damaged, or of a critic of other sizes.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        sizes, record = json.loads(metadata["vrpo_critic"]), json.loads(metadata["record"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(
-            explain(str(path), expected="a critic file", got=repr(error), do="Write one with 'vrpo train-critic'.")
-        ) from error
+    weights, sizes, record = _read_critic(path)
     if sizes != critic.sizes() or weights.keys() != critic.state_dict().keys():
         raise CheckpointError(
             explain(
@@ -171,6 +161,29 @@ def load_critic_weights(critic: LatentCritic, path: Path) -> dict[str, Any]:
         )
     critic.load_state_dict(weights)
     return record
+
+
+def read_critic_sizes(path: Path) -> dict[str, Any]:
+    """The sizes of the critic in a file, as :meth:`LatentCritic.sizes` gives them.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    return _read_critic(path)[1]
+
+
+def _read_critic(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return weights, json.loads(metadata["vrpo_critic"]), json.loads(metadata["record"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            explain(str(path), expected="a critic file", got=repr(error), do="Write one with 'vrpo train-critic'.")
+        ) from error
 
 
 class _Activation(nn.Module):

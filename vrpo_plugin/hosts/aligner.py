@@ -1,0 +1,47 @@
+"""The aligner inside a host's model: its checkpoints stay the host's."""
+
+import copy
+import logging
+from typing import Any
+
+from vrpo_plugin.modules.aligner import VRPOAligner
+
+logger = logging.getLogger("vrpo_plugin")
+
+
+class HostAligner(VRPOAligner):
+    """A VRPOAligner that lives in the module tree of a model whose code does not know it.
+
+    In a deep copy of the model, which is what every host calls its EMA, it stays out of the state dict, so that
+    the copy's weights load strictly in the host's own sampling scripts. Where a checkpoint holds nothing of it, it
+    keeps its own values, so that such weights load strictly here too.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.is_copy = False
+        self.register_state_dict_post_hook(_hide_in_a_copy)
+        self.register_load_state_dict_pre_hook(_keep_own_values)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HostAligner":
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        new.is_copy = True
+        return new
+
+
+def _hide_in_a_copy(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: object) -> None:
+    if module.is_copy:
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            del state_dict[key]
+
+
+def _keep_own_values(module: Any, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    if any(key.startswith(prefix) for key in state_dict):
+        return
+    copied, module.is_copy = module.is_copy, False
+    state_dict.update(module.state_dict(prefix=prefix))
+    module.is_copy = copied
+    if not copied:
+        logger.warning("the checkpoint holds no aligner (it was saved without vrpo_plugin): ours starts afresh")

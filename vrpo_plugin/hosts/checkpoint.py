@@ -1,0 +1,197 @@
+"""A host's checkpoints with and without the aligner."""
+
+import argparse
+import contextlib
+import copy
+import os
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from vrpo_plugin.errors import CheckpointError, explain
+
+# The aligner is the attribute ``vrpo`` of the host's model; DDP and torch.compile put their own names before it.
+_ALIGNER_KEY = re.compile(r"(?:module\.|_orig_mod\.)*vrpo\.(?P<name>.*)")
+# What of the aligner's state is no parameter, and hence not in an optimizer: its step, and RewardStatistics.
+_BUFFERS = {"step", "generation.statistics.square_sum", "generation.statistics.count"}
+_WEIGHTS = ("model", "ema")
+
+
+def with_fresh_state(
+    optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any], aligner_parameters: Collection[int]
+) -> Mapping[str, Any]:
+    """An optimizer's state that lacks the aligner, completed; the same object where it lacks nothing.
+
+    Args:
+        optimizer: that is going to load it.
+        state_dict: of a checkpoint.
+        aligner_parameters: ``id`` of each of the aligner's parameters; in a host's optimizer they come last, for
+            the aligner is the last child of its model.
+    """
+    groups, given = optimizer.param_groups, state_dict["param_groups"]
+    if len(groups) != len(given):
+        return state_dict
+    last = max((index for group in given for index in group["params"]), default=-1)
+    completed = []
+    for group, old in zip(groups, given, strict=True):
+        missing = group["params"][len(old["params"]) :]
+        if any(id(parameter) not in aligner_parameters for parameter in missing):
+            return state_dict
+        fresh = list(range(last + 1, last + 1 + len(missing)))
+        last += len(missing)
+        completed.append({**old, "params": [*old["params"], *fresh]})
+    if [len(group["params"]) for group in completed] == [len(group["params"]) for group in given]:
+        return state_dict
+    return {**state_dict, "param_groups": completed}
+
+
+def export_checkpoint(source: Path, out: Path, *, overwrite: bool = False) -> int:
+    """Writes a checkpoint of a host's training script without anything of the aligner.
+
+    The file is read without running code from it, and is written all at once or not at all. Tensors keep their bits.
+
+    Args:
+        source: the host's file: a mapping with ``model`` and ``ema``, and mostly ``opt`` and ``args``.
+        out: ``.pt`` for the same mapping, from which the unpatched host resumes; ``.safetensors`` for the EMA weights
+            alone.
+        overwrite: replace a file that is there.
+
+    Returns:
+        How many tensors of weights were left out; 0 where the checkpoint held no aligner.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, no such checkpoint, or would run code; ``out`` exists, is the
+            checkpoint itself, has another ending, or cannot be written.
+    """
+    _check_out(source, out, overwrite=overwrite)
+    checkpoint = _read(source)
+    plain, removed = without_aligner(checkpoint, str(source))
+    if out.suffix == ".pt":
+        _write(out, lambda file: torch.save(plain, file))
+    else:
+        from safetensors.torch import save
+
+        # Copies of their own: safetensors refuses memory that two tensors share.
+        ema = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in plain["ema"].items()}
+        _write(out, lambda file: file.write(save(ema)))
+    return removed
+
+
+def without_aligner(checkpoint: Mapping[str, Any], name: str) -> tuple[dict[str, Any], int]:
+    """A host's checkpoint without the aligner's weights and their optimizer state.
+
+    Args:
+        checkpoint: as the host's script saves it.
+        name: of it, for messages.
+
+    Returns:
+        A new mapping with the same tensors, and how many tensors of weights were left out.
+
+    Raises:
+        CheckpointError: its optimizer is not that of its model.
+    """
+    shapes = [value.shape for key, value in checkpoint["model"].items() if is_aligner_parameter(key)]
+    plain = dict(checkpoint)
+    for part in _WEIGHTS:
+        plain[part] = _without_keys(checkpoint[part])
+    if "opt" in checkpoint:
+        plain["opt"] = _without_last(checkpoint["opt"], shapes, name)
+    return plain, sum(len(checkpoint[part]) - len(plain[part]) for part in _WEIGHTS)
+
+
+def is_aligner_parameter(key: str) -> bool:
+    """Whether a key of a model's state is one of the aligner's parameters."""
+    found = _ALIGNER_KEY.match(key)
+    return found is not None and found["name"] not in _BUFFERS
+
+
+def _without_keys(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    plain = copy.copy(weights)  # of its own class, with the versions of its layers
+    for key in [key for key in weights if _ALIGNER_KEY.match(key)]:
+        del plain[key]
+    versions = getattr(weights, "_metadata", None)
+    if versions is not None:
+        plain._metadata = type(versions)(  # type: ignore[attr-defined]
+            (name, version) for name, version in versions.items() if not _ALIGNER_KEY.match(f"{name}.")
+        )
+    return plain
+
+
+def _without_last(optimizer: Any, shapes: Sequence[torch.Size], name: str) -> dict[str, Any]:
+    """An optimizer's state without its last parameters, which have these shapes."""
+    try:
+        state, (*groups, last) = optimizer["state"], optimizer["param_groups"]
+        kept, ours = last["params"][: -len(shapes) or None], last["params"][len(last["params"]) - len(shapes) :]
+        means = [state.get(index, {}).get("exp_avg") for index in ours]  # none where a parameter got no gradient
+        fits = len(ours) == len(shapes) and all(
+            mean is None or mean.shape == shape for mean, shape in zip(means, shapes, strict=True)
+        )
+    except (TypeError, KeyError, ValueError, AttributeError):
+        fits = False
+    if not fits:
+        do = "Export a checkpoint that the host's own script saved."
+        expected = f"AdamW's state, its last group ending with the aligner's {len(shapes)} parameters"
+        raise CheckpointError(explain(f"{name}: opt", expected=expected, got="another", do=do))
+    removed = {*ours}
+    state = {index: value for index, value in state.items() if index not in removed}
+    return {**optimizer, "state": state, "param_groups": [*groups, {**last, "params": kept}]}
+
+
+def _read(source: Path) -> dict[str, Any]:
+    do = "Give a .pt file that the host's training script saved, whole and from a source that you trust."
+    # Hosts save their arguments as they are. The block's end would also take away what was allowed before it.
+    allowed = {argparse.Namespace} - {*torch.serialization.get_safe_globals()}
+    try:
+        with torch.serialization.safe_globals([*allowed]):
+            checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever a damaged file makes it stumble over
+        foreign = re.search(r"\bGLOBAL ([\w.]+)", str(error))
+        reason = f"{type(error).__name__}: {str(error).split('. ')[0].strip()}"
+        got = f"a pickle that calls {foreign[1]}" if foreign else reason[:200]
+        raise CheckpointError(explain(str(source), expected="a checkpoint", got=got, do=do)) from error
+    if not isinstance(checkpoint, dict) or not all(_is_weights(checkpoint.get(part)) for part in _WEIGHTS):
+        keys = [str(key) for key in checkpoint] if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise CheckpointError(
+            explain(str(source), expected="'model' and 'ema', two mappings of tensors", got=str(keys)[:200], do=do)
+        )
+    return checkpoint
+
+
+def _is_weights(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+
+
+def _check_out(source: Path, out: Path, *, overwrite: bool) -> None:
+    if out.suffix not in (".pt", ".safetensors"):
+        expected, do = "a file ending in .pt or .safetensors", "Rename it."
+        raise CheckpointError(explain(str(out), expected=expected, got=out.suffix or "no ending", do=do))
+    if not out.exists():
+        return
+    if source.exists() and out.samefile(source):
+        do = "Write to another file."
+        raise CheckpointError(explain(str(out), expected="another file than the checkpoint", got="the same", do=do))
+    if not overwrite or not out.is_file():
+        do = "Give another name, or --overwrite." if out.is_file() else "Give the name of a file."
+        raise CheckpointError(explain(str(out), expected="no such file", got="one that exists", do=do))
+
+
+def _write(out: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Under another name first, so that a full disk or a kill leaves no half of it."""
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        try:
+            with open(partial, "xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, out)
+        finally:
+            with contextlib.suppress(OSError):  # gone already if it took its name
+                partial.unlink()
+    except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError on a full disk
+        do = "Give a folder that exists and has room."
+        raise CheckpointError(explain(str(out), expected="a file that can be written", got=error, do=do)) from error

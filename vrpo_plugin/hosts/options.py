@@ -1,0 +1,125 @@
+"""Settings of an application that are not the objective's, and where all settings come from."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from vrpo_plugin.config import VRPOConfig, check_keys
+from vrpo_plugin.errors import ConfigError, explain
+
+PREFIX = "VRPO_"
+NOT_SETTINGS = {"VRPO_CONFIG", "VRPO_HOST", "VRPO_HOSTS_DIR"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostOptions:
+    """How VRPO is applied to a host.
+
+    Attributes:
+        encoder: timm's or REPA's name of the frozen encoder, for hosts that have none (SiT, DiT).
+        encoder_checkpoint: its local weights; None takes timm's, from the local cache or by download.
+        compat: cures of upstream breakages: ``all``, ``none``, or their names.
+        log_every: training calls between lines of text, where the host has no tracker to log to.
+        allow_unverified: accept a host whose code differs from the verified commits, but not its signatures.
+
+    Raises:
+        ConfigError: a value of the wrong kind.
+    """
+
+    encoder: str = "dinov2-vit-b"
+    encoder_checkpoint: str | None = None
+    compat: str | tuple[str, ...] = "all"
+    log_every: int = 100
+    allow_unverified: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.compat, str) and self.compat not in ("all", "none"):
+            object.__setattr__(self, "compat", (self.compat,))
+        if isinstance(self.compat, list):
+            object.__setattr__(self, "compat", tuple(self.compat))
+        if not isinstance(self.allow_unverified, bool):
+            raise ConfigError(
+                explain("allow_unverified", expected="True or False", got=repr(self.allow_unverified), do="Correct it.")
+            )
+        if isinstance(self.log_every, bool) or not isinstance(self.log_every, int) or self.log_every < 0:
+            raise ConfigError(explain("log_every", expected="an int >= 0", got=repr(self.log_every), do="Correct it."))
+
+
+OPTION_KEYS = frozenset(f.name for f in fields(HostOptions))
+CONFIG_KEYS = frozenset(f.name for f in fields(VRPOConfig))
+KEYS = OPTION_KEYS | CONFIG_KEYS
+
+
+def resolve_settings(
+    given: Mapping[str, Any] | None = None,
+    *,
+    file: str | Path | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> tuple[VRPOConfig, HostOptions]:
+    """One configuration from all sources: what is given goes before the environment, that before the file.
+
+    Args:
+        given: keys of :class:`VRPOConfig` and :class:`HostOptions`; text is parsed as in the environment.
+        file: YAML or JSON mapping; by default the file that ``VRPO_CONFIG`` names.
+        environ: ``VRPO_<KEY>`` variables; by default the process's.
+
+    Raises:
+        ConfigError: an unknown key (the nearest is named), a bad value, a file that is not such a mapping.
+    """
+    environ = os.environ if environ is None else environ
+    file = file or environ.get("VRPO_CONFIG")
+    settings: dict[str, Any] = dict(_read(Path(file))) if file else {}
+    settings |= {
+        key.removeprefix(PREFIX).lower(): parse_value(value)
+        for key, value in environ.items()
+        if key.startswith(PREFIX) and key not in NOT_SETTINGS and not key.startswith("VRPO_TEST_")
+    }
+    settings |= {key: parse_value(value) if isinstance(value, str) else value for key, value in (given or {}).items()}
+    if isinstance(settings.get("rewards"), str):
+        settings["rewards"] = (settings["rewards"],)
+    if isinstance(settings.get("layers"), int):
+        settings["layers"] = (settings["layers"],)
+    check_keys(settings, KEYS, subject="VRPO setting")
+    config = VRPOConfig.from_dict({key: value for key, value in settings.items() if key in CONFIG_KEYS})
+    return config, HostOptions(**{key: value for key, value in settings.items() if key in OPTION_KEYS})
+
+
+def parse_value(text: str) -> Any:
+    """A setting written as text: ``0.8``, ``true``, ``none``, ``a,b``, ``a=0.5,b=0.5``, JSON, or a plain word."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    words = {"true": True, "false": False, "none": "none", "null": None}
+    if text.strip().lower() in words:
+        return words[text.strip().lower()]
+    if "=" in text:
+        pairs = [part.partition("=") for part in text.split(",")]
+        return {name.strip(): parse_value(value) for name, _, value in pairs}
+    if "," in text:
+        return [parse_value(part.strip()) for part in text.split(",") if part.strip()]
+    return text.strip()
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    errors: tuple[type[Exception], ...] = (OSError, ValueError)
+    load: Callable[[str], Any] = json.loads
+    if path.suffix != ".json":
+        import yaml
+
+        load, errors = yaml.safe_load, (*errors, yaml.YAMLError)
+    try:
+        settings = load(path.read_text("utf-8"))
+    except errors as error:
+        raise _bad_file(path, repr(error)) from error
+    if not isinstance(settings, Mapping):
+        raise _bad_file(path, type(settings).__name__)
+    return settings
+
+
+def _bad_file(path: Path, got: str) -> ConfigError:
+    do = "Write one 'key: value' a line, or JSON."
+    return ConfigError(explain(str(path), expected="a YAML or JSON mapping of VRPO settings", got=got, do=do))

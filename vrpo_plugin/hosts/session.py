@@ -1,0 +1,203 @@
+"""One application of VRPO to a host: what the wrapped methods share."""
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vrpo_plugin.config import VRPOConfig
+from vrpo_plugin.errors import ConfigError, HostChangedError, explain
+from vrpo_plugin.hosts.aligner import HostAligner
+from vrpo_plugin.hosts.base import Aligned, HostSpec
+from vrpo_plugin.hosts.options import HostOptions
+from vrpo_plugin.patching.handle import PatchHandle
+
+logger = logging.getLogger("vrpo_plugin")
+
+
+class Session:
+    """State of one application; the module tree of the host holds only the aligner.
+
+    Attributes:
+        idle: nothing is changed (``reward_coeff=0`` and ``features="host"``): no aligner is made.
+        modules: the host's modules by name, as imported from its folder.
+    """
+
+    def __init__(
+        self,
+        spec: HostSpec,
+        config: VRPOConfig,
+        options: HostOptions,
+        handle: PatchHandle,
+        modules: Mapping[str, ModuleType],
+    ) -> None:
+        _check(spec, config)
+        self.spec, self.config, self.options, self.handle = spec, config, options, handle
+        self.modules = modules
+        self.idle = config.reward_coeff == 0 and (
+            config.features == "host" or (config.features == "none" and not spec.projects)
+        )
+        self.tracker = Tracker(options.log_every if spec.log_key is None else 0)
+        self.targets: Any = None  # of hosts whose encoder we make
+        self.cache: dict[str, Any] = {}  # of the host's own conversion: constants on the device
+        self.constructor_fixes: list[Callable[[dict[str, Any]], None]] = []  # of the shims
+        self.aligner_parameters: set[int] = set()
+        self._reported: set[str] = set()
+
+    @property
+    def replaces_features(self) -> bool:
+        """The host's own alignment loss is not run."""
+        return self.config.features != "host"
+
+    @property
+    def uses_host_projectors(self) -> bool:
+        """The features readout takes the host's projected tokens: one early block, a plain projector."""
+        return self.spec.projects and self.config.layers == "early" and self.config.projector == "mlp"
+
+    def install(self, model: nn.Module) -> None:
+        """Makes the aligner of a model that its constructor has just finished."""
+        if self.idle:
+            return
+        config = replace(self.config, proj_coeff=0.0) if self.spec.projects else self.config
+        sizes = self.spec.sizes(model)
+        if self.targets is None and self.spec.needs_encoder:
+            from vrpo_plugin.hosts.pixels import load_pixel_targets
+
+            self.targets = load_pixel_targets(self.options, sizes["latent_shape"])
+        if self.targets is not None:
+            sizes |= {"target_dims": self.targets.dims, "token_grid": self.targets.grid}
+        aligner = HostAligner(
+            **sizes,
+            own_projectors=not self.uses_host_projectors,
+            prefix_tokens=self.spec.prefix_tokens,
+            config=config,
+        )
+        aligner.attach(model, getattr(model, self.spec.blocks))
+        self.aligner_parameters |= {id(parameter) for parameter in aligner.parameters()}
+        self.spec.installed(self, model)
+        logger.info(
+            "vrpo_plugin: %s: aligner with %s parameters, features=%s on blocks %s, rewards %s",
+            self.spec.name,
+            f"{sum(p.numel() for p in aligner.parameters()):,}",
+            config.features,
+            aligner.layers,
+            config.rewards if config.reward_coeff else "none",
+        )
+
+    def align(self, model: Any, inputs: Mapping[str, Any], x: Tensor, t: Tensor, output: Any) -> Aligned:
+        """Calls the aligner of a model that has just given ``output``; runs inside the model's forward."""
+        fields = self.spec.convert(inputs, x, t, output)
+        out = model.vrpo(inputs["z"], x0=inputs["x0"], y=inputs.get("y"), **fields)
+        extra, features, metrics = out.loss, None, out.metrics
+        if self.spec.projects and self.replaces_features:
+            features = out.release * out.features_loss
+            if "z_tilde" in fields and not (self.uses_host_projectors and self.config.features == "policy"):
+                # The host's projectors stay in the graph: DDP waits for the gradient of every parameter.
+                features = features + 0 * sum(z[:1, :1].sum() for z in fields["z_tilde"])
+        if "x0_hat" in fields:
+            rms = fields["x0_hat"].detach().float().square().mean().sqrt()
+            metrics = {**metrics, "vrpo/norm/x0_hat": rms}
+        return Aligned(features, extra, metrics)
+
+    def report(self, name: str, message: str) -> None:
+        """Says once that a shim was used."""
+        if name not in self._reported:
+            self._reported.add(name)
+            logger.warning("vrpo_plugin compat %s: %s", name, message)
+
+
+class Tracker:
+    """The newest metrics, copied to the host without waiting for the device.
+
+    Args:
+        log_every: calls between lines of text; 0 writes none.
+    """
+
+    def __init__(self, log_every: int = 0) -> None:
+        self.log_every, self.calls = log_every, 0
+        self.pending: Mapping[str, Tensor] | None = None  # of a host that logs from inside a compiled forward
+        self._names: tuple[str, ...] = ()
+        self._values: Tensor | None = None
+        self._copied: Any = None
+        self._kept: Mapping[str, Tensor] | None = None
+
+    def keep(self, metrics: Mapping[str, Tensor]) -> None:
+        """As :meth:`record`, for compiled code: nothing is done with them before they are asked for."""
+        self._kept = metrics
+
+    def record(self, metrics: Mapping[str, Tensor]) -> None:
+        """Keeps the metrics of one call."""
+        if self.log_every and self.calls and self.calls % self.log_every == 0 and is_main_process():
+            text = ", ".join(f"{name.removeprefix('vrpo/')}: {value:.4f}" for name, value in self.latest().items())
+            logger.info("vrpo (call=%07d) %s", self.calls, text)  # the call before this one: it is long done
+        self.calls += 1
+        self._names = tuple(metrics)
+        packed = torch.stack([value.detach().float() for value in metrics.values()])
+        if not packed.is_cuda:
+            self._values = packed
+            return
+        if self._values is None or self._values.shape != packed.shape:
+            self._values = torch.empty(packed.shape, pin_memory=True)
+            self._copied = torch.cuda.Event()
+        self._values.copy_(packed, non_blocking=True)
+        self._copied.record()
+
+    def latest(self) -> dict[str, float]:
+        """Log name to value, of this process; the copy is over where the host has waited for its own loss."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            self.record(pending)
+        if self._kept is not None:
+            kept, self._kept = self._kept, None
+            self.record(kept)
+        if self._values is None:
+            return {}
+        if self._copied is not None:
+            self._copied.synchronize()
+        return dict(zip(self._names, self._values.tolist(), strict=True))
+
+
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _check(spec: HostSpec, config: VRPOConfig) -> None:
+    default = VRPOConfig()
+    owned = {"path_type": "the host's own path"}
+    if spec.projects:
+        owned["proj_coeff"] = "the host's own --proj-coeff"
+    for name, owner in owned.items():
+        if getattr(config, name) != getattr(default, name):
+            raise ConfigError(
+                explain(name, expected=f"unset: {owner} is used", got=getattr(config, name), do="Set it there.")
+            )
+    if config.group == "image":
+        raise ConfigError(
+            explain("group", expected="'noise'", got="'image'", do="No supported host draws one image twice a batch.")
+        )
+    if config.features == "host" and not spec.projects:
+        raise ConfigError(
+            explain(
+                "features",
+                expected=f"'policy' or 'none': {spec.name} has no alignment loss of its own",
+                got="'host'",
+                do="With reward_coeff=0 and features='none' nothing is changed.",
+            )
+        )
+
+
+def never_fired(spec: HostSpec, what: str) -> HostChangedError:
+    """The error of a patch that changes nothing."""
+    return HostChangedError(
+        explain(
+            f"{spec.name}: {what}",
+            expected="the patched loss to call the patched model",
+            got="a training step that went round the patch",
+            do="Run 'vrpo check' on the checkout; 'reward_coeff=0 features=host' trains without VRPO.",
+        )
+    )

@@ -1,0 +1,152 @@
+"""The one line in every script of a checkout: put into all of them or none, and taken out again."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vrpo_plugin.config import check_keys
+from vrpo_plugin.errors import HostNotFoundError, explain
+from vrpo_plugin.hosts.base import HostSpec
+from vrpo_plugin.hosts.known import HOSTS, detect_hosts, find_candidates, find_spec
+from vrpo_plugin.patching.atomic import replace_bytes
+from vrpo_plugin.patching.fingerprint import verify_points
+from vrpo_plugin.patching.source import Insertion, SourceState, patch_file, unpatch_file
+
+
+@dataclass(frozen=True)
+class Place:
+    """A host in a checkout.
+
+    Attributes:
+        spec: the host.
+        folder: of its scripts.
+        scripts: those that are meant.
+    """
+
+    spec: HostSpec
+    folder: Path
+    scripts: tuple[Insertion, ...]
+
+
+def hosts_in(root: Path, name: str | None = None) -> list[Place]:
+    """Hosts whose files a checkout holds, whether or not they can be patched.
+
+    Args:
+        root: the checkout, or the folder of its scripts.
+        name: of one host; by default those of the repository that the folder resembles most.
+
+    Raises:
+        ConfigError: no host has that name.
+        HostNotFoundError: files are missing; the nearest host is named, and what it lacks.
+        HostChangedError: a file with a seam is no Python source.
+    """
+    candidates = find_candidates(root)
+    if name is not None:
+        spec = find_spec(name)
+        candidates = [one for one in candidates if one.spec is spec]
+        if missing := candidates[0].missing:
+            got, do = f"no {', '.join(missing)}", "Give the folder of a checkout of it, or another --host."
+            raise HostNotFoundError(explain(str(root), expected=f"{spec.repository} ({name})", got=got, do=do))
+    complete = [one for one in candidates if not one.missing]
+    if not complete:
+        detect_hosts(root)  # raises: it says what is missing
+    nearest = next((one for one in complete if one.fits), complete[0])
+    # One repository alone: the files that REG needs are there in REPA too.
+    folders = {one.spec.name: one.folder for one in complete if one.spec.repository == nearest.spec.repository}
+    return [Place(spec, folders[name], spec.insertions) for name, spec in HOSTS.items() if name in folders]
+
+
+def patch_tree(
+    root: Path, *, host: str | None = None, script: str | None = None, allow_unverified: bool = False
+) -> list[SourceState]:
+    """Verifies the seams of a checkout's hosts, then puts the one line into each of their scripts, or into none.
+
+    Args:
+        root: the checkout.
+        host: one host by name; by default all of its repository.
+        script: one script, by name or by its path in the repository; by default all.
+        allow_unverified: accept changed bodies of seams, not changed parameters.
+
+    Returns:
+        The state of each script; ``changed`` where the line was put in now.
+
+    Raises:
+        ConfigError: no host or script has that name.
+        HostNotFoundError: the folder is no such host, or lacks a seam or a script.
+        HostChangedError: a seam is of no verified version, or the line has no safe place.
+        PatchConflictError: a script holds another line of ours.
+        VRPOError: a script cannot be written. In every case all scripts are as they were.
+    """
+    places = _with_script(hosts_in(root, host), script)
+    for place in places:
+        verify_points(place.folder, place.spec.all_points, allow_unverified=allow_unverified)
+    return _all_or_none(patch_file, places)
+
+
+def unpatch_tree(root: Path, *, host: str | None = None, script: str | None = None) -> list[SourceState]:
+    """Takes our line out of a checkout's scripts, also where the host has changed so that nobody could patch it.
+
+    Args:
+        root: the checkout.
+        host: one host by name; by default each whose line is there.
+        script: as in :func:`patch_tree`.
+
+    Returns:
+        The state of each script that was looked at; ``changed`` where the line was taken out now.
+
+    Raises:
+        ConfigError: no host or script has that name.
+        HostNotFoundError: the folder is no such host.
+        HostChangedError: a script is no Python source any more.
+        PatchConflictError: a script holds another line of ours, or ours twice.
+        VRPOError: a script cannot be written. In every case all scripts are as they were.
+    """
+    specs = [find_spec(host)] if host is not None else HOSTS.values()
+    everywhere = [
+        Place(spec, folder, spec.insertions) for spec in specs for folder in dict.fromkeys((root / spec.folder, root))
+    ]
+    holding = [
+        replace(place, scripts=tuple(one for one in place.scripts if _holds_line(place.folder, one)))
+        for place in _with_script(everywhere, script)
+    ]
+    if any(place.scripts for place in holding):
+        return _all_or_none(unpatch_file, holding)
+    return _all_or_none(unpatch_file, _with_script(hosts_in(root, host), script))
+
+
+def _with_script(places: Sequence[Place], script: str | None) -> list[Place]:
+    """The places that have the script, with it alone."""
+    if script is None:
+        return list(places)
+    names = {name for place in places for one in place.scripts for name in _names(place, one)}
+    check_keys([script], names, subject="script")
+    chosen = [replace(p, scripts=tuple(one for one in p.scripts if script in _names(p, one))) for p in places]
+    return [place for place in chosen if place.scripts]
+
+
+def _names(place: Place, one: Insertion) -> tuple[str, ...]:
+    return one.file, (Path(place.spec.folder) / one.file).as_posix()
+
+
+def _holds_line(folder: Path, one: Insertion) -> bool:
+    try:
+        return one.line.encode() in (folder / one.file).read_bytes()
+    except OSError:
+        return False
+
+
+def _all_or_none(work: Callable[[Path, Insertion], SourceState], places: Sequence[Place]) -> list[SourceState]:
+    states, done = [], []
+    try:
+        for place in places:
+            for one in place.scripts:
+                path = place.folder / one.file
+                before = path.read_bytes() if path.is_file() else b""
+                states.append(work(place.folder, one))
+                if states[-1].changed:
+                    done.append((path, before, path.read_bytes()))
+    except BaseException:
+        for path, before, after in reversed(done):
+            replace_bytes(path, after, before)
+        raise
+    return states

@@ -1,0 +1,136 @@
+"""Runs a host's training script with VRPO and without a changed line.
+
+``accelerate launch -m vrpo_plugin.launch [--vrpo-KEY VALUE ...] train.py <the script's own arguments>``
+"""
+
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from vrpo_plugin._version import __version__
+from vrpo_plugin.config import VRPOConfig, check_keys
+from vrpo_plugin.errors import ConfigError, HostNotFoundError, VRPOError, explain
+from vrpo_plugin.hosts.apply import apply_vrpo
+from vrpo_plugin.hosts.base import HostSpec
+from vrpo_plugin.hosts.known import find_spec, host_of_script
+from vrpo_plugin.hosts.options import KEYS, HostOptions, resolve_settings
+from vrpo_plugin.hosts.report import describe_host, describe_settings
+from vrpo_plugin.hosts.session import is_main_process, never_fired
+from vrpo_plugin.patching.handle import PatchHandle
+
+PREFIX = "--vrpo-"
+FLAGS = {f.name for f in (*fields(VRPOConfig), *fields(HostOptions)) if isinstance(f.default, bool)}
+USAGE = f"""usage: accelerate launch -m vrpo_plugin.launch [--vrpo-KEY VALUE ...] train.py [the script's own arguments]
+
+--vrpo-config FILE   YAML or JSON with any of the keys below; VRPO_CONFIG names one too
+--vrpo-host NAME     the host, where its files do not tell
+--vrpo-dry-run       say what would be patched, and stop
+--vrpo-KEY VALUE     any key of VRPOConfig and HostOptions:
+                     {", ".join(sorted(key.replace("_", "-") for key in KEYS))}
+
+The command line goes before the environment (VRPO_KEY=VALUE), that before the file, that before the defaults."""
+
+
+@dataclass
+class Command:
+    """A parsed command line: our settings, the script, and its own arguments."""
+
+    script: Path
+    arguments: list[str]
+    settings: dict[str, str] = field(default_factory=dict)
+    config: str | None = None
+    host: str | None = None
+    dry_run: bool = False
+
+
+def parse_command(argv: Sequence[str]) -> Command:
+    """Splits our options, which come first, from the script and its arguments, which are left as they are.
+
+    Raises:
+        ConfigError: no script, an unknown key (the nearest is named), a key without a value, or one of our options
+            behind the script.
+    """
+    rest, found = list(argv), {}
+    while rest and rest[0].startswith(PREFIX):
+        key, has_value, value = rest.pop(0).removeprefix(PREFIX).replace("-", "_").partition("=")
+        if has_value:
+            value = argv[len(argv) - len(rest) - 1].partition("=")[2]  # as it was written, with its dashes
+        elif key == "dry_run" or key.removeprefix("no_") in FLAGS:
+            value = "false" if key.startswith("no_") else "true"
+            key = key.removeprefix("no_")
+        elif rest:
+            value = rest.pop(0)
+        else:
+            raise ConfigError(explain(PREFIX + key, expected="a value", got="none", do=USAGE))
+        check_keys([key], {*KEYS, "config", "host", "dry_run"}, subject="VRPO setting")
+        found[key] = value
+    if not rest or rest[0].startswith("-"):
+        raise ConfigError(explain("script", expected="train.py", got=rest[0] if rest else "nothing", do=USAGE))
+    late = next((one for one in rest[1:] if one.startswith(PREFIX)), None)
+    if late is not None:
+        raise ConfigError(explain(late, expected="our options before the script", got="behind it", do="Move it."))
+    dry_run = found.pop("dry_run", "false") == "true"
+    config, host = found.pop("config", None), found.pop("host", None)
+    return Command(Path(rest[0]), rest[1:], found, config, host, dry_run)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Applies VRPO to the script's host and runs the script as ``python train.py`` would."""
+    try:
+        command = parse_command(sys.argv[1:] if argv is None else argv)
+        prepared = prepare(command)
+    except VRPOError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    if prepared is None:
+        return
+    runpy.run_path(str(command.script), run_name="__main__")
+    check_fired(*prepared)
+
+
+def prepare(command: Command) -> tuple[HostSpec, PatchHandle] | None:
+    """Patches the host of a command, and makes ``sys.argv`` and ``sys.path`` those of its script.
+
+    Returns:
+        The host and the handle, or None after a dry run.
+
+    Raises:
+        VRPOError: the script, its host or the settings are not right.
+    """
+    if not command.script.is_file():
+        raise HostNotFoundError(
+            explain("script", expected="a training script", got=f"no file {command.script}", do="Correct its path.")
+        )
+    config, options = resolve_settings(command.settings, file=command.config)
+    host = command.host or os.environ.get("VRPO_HOST")
+    spec = find_spec(host) if host else host_of_script(command.script)
+    folder = command.script.resolve().parent
+    if command.dry_run:
+        print("\n".join([*describe_host(spec, folder), *describe_settings(spec, config, options)]))
+        return None
+    sys.argv = [str(command.script), *command.arguments]
+    # As for 'python train.py': the script's folder, and not the current one, which '-m' puts there.
+    if sys.path and sys.path[0] in ("", os.getcwd()):
+        del sys.path[0]
+    sys.path.insert(0, str(folder))
+    handle = apply_vrpo(spec, config, options=options)
+    if is_main_process():
+        print(f"vrpo_plugin {__version__}: {spec.repository}: {', '.join(handle.seams)}", file=sys.stderr)
+    return spec, handle
+
+
+def check_fired(spec: HostSpec, handle: PatchHandle) -> None:
+    """A script that ended without passing through the patched methods was not trained with VRPO.
+
+    Raises:
+        HostChangedError: so it was.
+    """
+    silent = [label for label in spec.counted if not handle.fired[label]]
+    if silent:
+        raise never_fired(spec, ", ".join(silent))
+
+
+if __name__ == "__main__":
+    main()
