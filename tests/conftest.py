@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fakes.random_state import global_random_state
 
+from vrpo_plugin.patching.handle import active_handles
+
 # The tensors are small: a second thread gains nothing, and where cores are shared its spinning costs minutes.
 torch.set_num_threads(1)
 
@@ -45,3 +47,12 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     if item.get_closest_marker("keeps_random_state") and global_random_state() != before:
         pytest.fail("the test changed a global random state")
     return result
+
+
+@pytest.fixture(autouse=True)
+def _no_patch_is_left() -> Generator[None, None, None]:
+    yield
+    left = active_handles()
+    for handle in reversed(left):
+        handle.remove()  # the tests that follow are not to blame
+    assert not left, f"the test left patches behind: {[handle.name for handle in left]}"

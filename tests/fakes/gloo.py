@@ -1,4 +1,4 @@
-"""Runs a function on two gloo processes."""
+"""Runs a function on two gloo processes, or alone in a new one."""
 
 import os
 import socket
@@ -25,3 +25,15 @@ def _worker(rank: int, function: Callable[[int, int], Any], port: int, folder: P
     dist.init_process_group("gloo", rank=rank, world_size=2)
     torch.save(function(rank, 2), folder / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def in_new_process(function: Callable[[Path], Any], folder: Path) -> Any:
+    """What ``function(folder)`` gives in a process of its own; it must stand at the top of a module."""
+    mp.spawn(_alone, args=(function, folder), nprocs=1)
+    return torch.load(folder / "alone.pt", weights_only=True)
+
+
+def _alone(_: int, function: Callable[[Path], Any], folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    torch.save(function(folder), folder / "alone.pt")

@@ -168,6 +168,28 @@ def test_resumed_is_uninterrupted(processes: int, tmp_path: Path) -> None:
     assert resumed.rows == [row for row in straight.rows if row["step"] > 10]
 
 
+def test_bf16_is_finite_and_close_to_fp32(tmp_path: Path) -> None:
+    full = run_host("REPA", tmp_path / "full", launcher=(*LAUNCH, *SMALL))
+    half = run_host("REPA", tmp_path / "half", "--mixed-precision", "bf16", launcher=(*LAUNCH, *SMALL))
+    assert half.rows != full.rows
+    for ours, theirs in zip(half.rows, full.rows, strict=True):
+        for key in ("loss", "proj_loss", "vrpo/reward/semantic", "vrpo/align_cos"):
+            # bf16 keeps 8 bits: cosines of order 0.1 to 1, and a loss of order 1, to a hundredth.
+            assert ours[key] == pytest.approx(theirs[key], abs=2e-2), key
+
+
+def test_accumulation_runs_where_its_one_line_is_inserted(tmp_path: Path) -> None:
+    before = (
+        "    for epoch in range(args.epochs):\n        model.train()\n        for raw_image, x, y in train_dataloader:"
+    )
+    line = "    grad_norm = torch.zeros((), device=device)\n"  # the one that vrpo check names
+    root = edited_checkout("REPA", tmp_path, "train.py", before, line + before)
+    accumulated = ("--gradient-accumulation-steps", "2", "--max-train-steps", "5")
+    run = run_host("REPA", tmp_path, *accumulated, root=root, processes=2, launcher=(*LAUNCH, *SMALL))
+    assert len(run.hashes) == 5 and len(run.losses) == 10
+    assert [r["parameters"] for r in run.of("step", 0)] == [r["parameters"] for r in run.of("step", 1)]
+
+
 def test_a_run_without_the_plugin_goes_on_with_it(tmp_path: Path) -> None:
     plain = run_host("REPA", tmp_path, *CHECKPOINTED, "--max-train-steps", "10", processes=2)
     run = run_host("REPA", tmp_path, "--resume-step", "10", processes=2, launcher=(*LAUNCH, *SMALL))

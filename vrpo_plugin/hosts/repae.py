@@ -40,7 +40,7 @@ def forward_with_losses(session: Session, original: Callable[..., Any], model: A
     if aligned.features is not None:
         output["proj_loss"] = aligned.features
     output["denoising_loss"] = add_gradient(output["denoising_loss"], aligned.extra)
-    session.tracker.pending = aligned.metrics
+    session.tracker.keep(aligned.metrics)
     return output
 
 

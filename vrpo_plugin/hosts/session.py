@@ -120,7 +120,6 @@ class Tracker:
 
     def __init__(self, log_every: int = 0) -> None:
         self.log_every, self.calls = log_every, 0
-        self.pending: Mapping[str, Tensor] | None = None  # of a host that logs from inside a compiled forward
         self._names: tuple[str, ...] = ()
         self._values: Tensor | None = None
         self._copied: Any = None
@@ -149,9 +148,6 @@ class Tracker:
 
     def latest(self) -> dict[str, float]:
         """Log name to value, of this process; the copy is over where the host has waited for its own loss."""
-        if self.pending is not None:
-            pending, self.pending = self.pending, None
-            self.record(pending)
         if self._kept is not None:
             kept, self._kept = self._kept, None
             self.record(kept)

@@ -1,0 +1,1 @@
+"""Stands for diffusers, which tests do without."""
