@@ -7,22 +7,21 @@ import os
 import runpy
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vrpo_plugin._version import __version__
-from vrpo_plugin.config import VRPOConfig, check_keys
+from vrpo_plugin.config import check_keys
 from vrpo_plugin.errors import ConfigError, HostNotFoundError, VRPOError, explain
 from vrpo_plugin.hosts.apply import apply_vrpo
 from vrpo_plugin.hosts.base import HostSpec
 from vrpo_plugin.hosts.known import find_spec, host_of_script
-from vrpo_plugin.hosts.options import KEYS, HostOptions, resolve_settings
+from vrpo_plugin.hosts.options import FLAGS, KEYS, parse_value, resolve_settings
 from vrpo_plugin.hosts.report import describe_host, describe_settings
 from vrpo_plugin.hosts.session import is_main_process, never_fired
 from vrpo_plugin.patching.handle import PatchHandle
 
 PREFIX = "--vrpo-"
-FLAGS = {f.name for f in (*fields(VRPOConfig), *fields(HostOptions)) if isinstance(f.default, bool)}
 USAGE = f"""usage: accelerate launch -m vrpo_plugin.launch [--vrpo-KEY VALUE ...] train.py [the script's own arguments]
 
 --vrpo-config FILE   YAML or JSON with any of the keys below; VRPO_CONFIG names one too
@@ -60,21 +59,25 @@ def parse_command(argv: Sequence[str]) -> Command:
             value = argv[len(argv) - len(rest) - 1].partition("=")[2]  # as it was written, with its dashes
         elif key == "dry_run" or key.removeprefix("no_") in FLAGS:
             value = "false" if key.startswith("no_") else "true"
+            if key in FLAGS and rest and rest[0].lower() in ("true", "false"):
+                value = rest.pop(0)
             key = key.removeprefix("no_")
         elif rest:
             value = rest.pop(0)
         else:
             raise ConfigError(explain(PREFIX + key, expected="a value", got="none", do=USAGE))
-        check_keys([key], {*KEYS, "config", "host", "dry_run"}, subject="VRPO setting")
+        check_keys([key], {*KEYS, "config", "host", "dry_run"}, subject="command line: VRPO setting")
         found[key] = value
     if not rest or rest[0].startswith("-"):
         raise ConfigError(explain("script", expected="train.py", got=rest[0] if rest else "nothing", do=USAGE))
     late = next((one for one in rest[1:] if one.startswith(PREFIX)), None)
     if late is not None:
         raise ConfigError(explain(late, expected="our options before the script", got="behind it", do="Move it."))
-    dry_run = found.pop("dry_run", "false") == "true"
+    dry_run = parse_value(found.pop("dry_run", "false"))
+    if dry_run not in (True, False):
+        raise ConfigError(explain(f"{PREFIX}dry-run", expected="true or false", got=dry_run, do=USAGE))
     config, host = found.pop("config", None), found.pop("host", None)
-    return Command(Path(rest[0]), rest[1:], found, config, host, dry_run)
+    return Command(Path(rest[0]), rest[1:], found, config, host, bool(dry_run))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

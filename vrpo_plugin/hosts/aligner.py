@@ -4,6 +4,7 @@ import copy
 import logging
 from typing import Any
 
+from vrpo_plugin.errors import CheckpointError, explain
 from vrpo_plugin.modules.aligner import VRPOAligner
 
 logger = logging.getLogger("vrpo_plugin")
@@ -15,6 +16,9 @@ class HostAligner(VRPOAligner):
     In a deep copy of the model, which is what every host calls its EMA, it stays out of the state dict, so that
     the copy's weights load strictly in the host's own sampling scripts. Where a checkpoint holds nothing of it, it
     keeps its own values, so that such weights load strictly here too.
+
+    Raises:
+        CheckpointError: on loading, the checkpoint's aligner has other shapes.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -39,9 +43,25 @@ def _hide_in_a_copy(module: Any, state_dict: dict[str, Any], prefix: str, local_
 
 def _keep_own_values(module: Any, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
     if any(key.startswith(prefix) for key in state_dict):
+        _compare(module, state_dict, prefix)
         return
     copied, module.is_copy = module.is_copy, False
     state_dict.update(module.state_dict(prefix=prefix))
     module.is_copy = copied
     if not copied:
         logger.warning("the checkpoint holds no aligner (it was saved without vrpo_plugin): ours starts afresh")
+
+
+def _compare(module: Any, state_dict: dict[str, Any], prefix: str) -> None:
+    """Says what to do where torch would list tensors."""
+    own, given = module.state_dict(prefix=prefix), {key for key in state_dict if key.startswith(prefix)}
+    reshaped = sorted(key for key in given & own.keys() if own[key].shape != state_dict[key].shape)
+    do = "Resume with the settings of that run, or let the aligner start afresh from a copy made by 'vrpo export'."
+    expected = "the aligner of these settings"
+    if reshaped:
+        got = f"another: {reshaped[0]} is {tuple(state_dict[reshaped[0]].shape)}, not {tuple(own[reshaped[0]].shape)}"
+        raise CheckpointError(explain("the checkpoint", expected=expected, got=got, do=do))
+    different = sorted(given ^ own.keys())
+    if different and not module.is_copy:  # no error: with strict=False it is none
+        got = f"another: {different[0]} is in one of them only"
+        logger.warning(explain("the checkpoint", expected=expected, got=got, do=do))

@@ -2,16 +2,17 @@
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from vrpo_plugin.config import VRPOConfig
+from vrpo_plugin.config import VRPOConfig, check_keys
 from vrpo_plugin.errors import HostNotFoundError, explain
 from vrpo_plugin.hosts.base import HostSpec
 from vrpo_plugin.hosts.compat import selected
 from vrpo_plugin.hosts.known import find_spec
-from vrpo_plugin.hosts.options import HostOptions, resolve_settings
+from vrpo_plugin.hosts.options import CONFIG_KEYS, KEYS, OPTION_KEYS, HostOptions, resolve_settings
 from vrpo_plugin.hosts.session import Session
 from vrpo_plugin.hosts.wrap import wrap_constructor, wrap_forward, wrap_loss
 from vrpo_plugin.patching.fingerprint import SourcePoint, verify_points
@@ -33,7 +34,7 @@ def apply_vrpo(
             is for its own scripts.
         config: the objective; by default from ``VRPO_CONFIG`` and the ``VRPO_<KEY>`` variables.
         options: how it is applied; by default from there too.
-        **overrides: fields of either.
+        **overrides: fields of either, also where it is given.
 
     Returns:
         The handle: ``.seams``, ``.remove()``, and a context manager. The same settings again give the same handle.
@@ -45,9 +46,7 @@ def apply_vrpo(
         ConfigError: settings that are wrong, or that the host cannot serve.
     """
     spec = find_spec(host) if isinstance(host, str) else host
-    if config is None or options is None:
-        from_environment = resolve_settings({} if config is not None else overrides)
-        config, options = config or from_environment[0], options or from_environment[1]
+    config, options = _settings(config, options, overrides)
     modules = {point.file: _import(spec, point) for point in spec.all_points}
     root = _root(spec.model.file, modules[spec.model.file])
     verify_points(root, spec.all_points, allow_unverified=options.allow_unverified)
@@ -57,6 +56,23 @@ def apply_vrpo(
         return [*_seams(session), *spec.seams(session), *(seam for shim in selected(session) for seam in shim)]
 
     return apply_patch(spec.name, (config, options), seams)
+
+
+def _settings(
+    config: VRPOConfig | None, options: HostOptions | None, overrides: dict[str, Any]
+) -> tuple[VRPOConfig, HostOptions]:
+    """What is given, and from the environment what is not; single settings go before both."""
+    check_keys(overrides, KEYS, subject="VRPO setting")
+    objective = {key: value for key, value in overrides.items() if key in CONFIG_KEYS}
+    others = {key: value for key, value in overrides.items() if key in OPTION_KEYS}
+    if config is not None:
+        config, objective = replace(config, **objective), {}
+    if options is not None:
+        options, others = replace(options, **others), {}
+    if config is None or options is None:
+        resolved = resolve_settings(objective | others)
+        config, options = config or resolved[0], options or resolved[1]
+    return config, options
 
 
 def _seams(session: Session) -> list[Seam]:

@@ -28,14 +28,15 @@ def read_diffusion(session: Session, diffusion: Any, arguments: dict[str, Any]) 
     x0, step = given["x_start"], given["t"]
     key = f"alphas_cumprod {x0.device}"
     if key not in session.cache:
-        session.cache[key] = torch.from_numpy(diffusion.alphas_cumprod).to(x0.device)
-    share = session.cache[key][step].float()
+        share = torch.from_numpy(diffusion.alphas_cumprod)  # float64: 1 - share loses digits at the first steps
+        session.cache[key] = torch.stack([share.sqrt(), (1 - share).sqrt()]).float().to(x0.device)
+    alpha, sigma = session.cache[key][:, step]
     return {
         "x0": x0,
         "z": tokens_from_pixels(session, x0),
         "y": (given.get("model_kwargs") or {}).get("y"),
-        "alpha": share.sqrt(),
-        "sigma": (1 - share).sqrt(),
+        "alpha": alpha,
+        "sigma": sigma,
         "prediction": _prediction(diffusion),
     }
 

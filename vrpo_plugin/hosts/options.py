@@ -19,8 +19,9 @@ class HostOptions:
     """How VRPO is applied to a host.
 
     Attributes:
-        encoder: timm's or REPA's name of the frozen encoder, for hosts that have none (SiT, DiT).
-        encoder_checkpoint: its local weights; None takes timm's, from the local cache or by download.
+        encoder: timm's or REPA's name of the frozen encoder, for hosts that have none (SiT, DiT); several are joined
+            by commas.
+        encoder_checkpoint: its local weights, as many as names; None takes timm's, from the local cache or by download.
         compat: cures of upstream breakages: ``all``, ``none``, or their names.
         log_every: training calls between lines of text, where the host has no tracker to log to.
         allow_unverified: accept a host whose code differs from the verified commits, but not its signatures.
@@ -40,6 +41,7 @@ class HostOptions:
             object.__setattr__(self, "compat", (self.compat,))
         if isinstance(self.compat, list):
             object.__setattr__(self, "compat", tuple(self.compat))
+        self._check_encoder()
         if not isinstance(self.allow_unverified, bool):
             raise ConfigError(
                 explain("allow_unverified", expected="True or False", got=repr(self.allow_unverified), do="Correct it.")
@@ -47,10 +49,22 @@ class HostOptions:
         if isinstance(self.log_every, bool) or not isinstance(self.log_every, int) or self.log_every < 0:
             raise ConfigError(explain("log_every", expected="an int >= 0", got=repr(self.log_every), do="Correct it."))
 
+    def _check_encoder(self) -> None:
+        for name in ("encoder", "encoder_checkpoint"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple, os.PathLike)):
+                several = value if isinstance(value, (list, tuple)) else [value]
+                object.__setattr__(self, name, ",".join(map(str, several)))
+            elif not isinstance(value, str) and not (value is None and name == "encoder_checkpoint"):
+                expected, do = "a name, or several joined by commas", "Correct it."
+                raise ConfigError(explain(name, expected=expected, got=repr(value), do=do))
+
 
 OPTION_KEYS = frozenset(f.name for f in fields(HostOptions))
 CONFIG_KEYS = frozenset(f.name for f in fields(VRPOConfig))
 KEYS = OPTION_KEYS | CONFIG_KEYS
+FLAGS = frozenset(f.name for f in (*fields(VRPOConfig), *fields(HostOptions)) if isinstance(f.default, bool))
+TEXTS = {"encoder", "encoder_checkpoint", "critic_checkpoint"}
 
 
 def resolve_settings(
@@ -63,28 +77,45 @@ def resolve_settings(
 
     Args:
         given: keys of :class:`VRPOConfig` and :class:`HostOptions`; text is parsed as in the environment.
-        file: YAML or JSON mapping; by default the file that ``VRPO_CONFIG`` names.
+        file: YAML or JSON mapping; by default the file that ``VRPO_CONFIG`` names. Text in it is parsed too, for YAML
+            reads ``1e-8`` as text.
         environ: ``VRPO_<KEY>`` variables; by default the process's.
 
     Raises:
-        ConfigError: an unknown key (the nearest is named), a bad value, a file that is not such a mapping.
+        ConfigError: an unknown key (the nearest and the source are named), a bad value, a file that is not such a
+            mapping.
     """
     environ = os.environ if environ is None else environ
     file = file or environ.get("VRPO_CONFIG")
-    settings: dict[str, Any] = dict(_read(Path(file))) if file else {}
-    settings |= {
-        key.removeprefix(PREFIX).lower(): parse_value(value)
+    variables = {
+        key.removeprefix(PREFIX).lower(): value
         for key, value in environ.items()
         if key.startswith(PREFIX) and key not in NOT_SETTINGS and not key.startswith("VRPO_TEST_")
     }
-    settings |= {key: parse_value(value) if isinstance(value, str) else value for key, value in (given or {}).items()}
+    settings: dict[str, Any] = {}
+    for source, values in (
+        (file, _read(Path(file)) if file else {}),
+        ("environment", variables),
+        ("given", given or {}),
+    ):
+        check_keys(values, KEYS, subject=f"{source}: VRPO setting")
+        settings |= {key: parse_setting(key, value) for key, value in values.items()}
     if isinstance(settings.get("rewards"), str):
         settings["rewards"] = (settings["rewards"],)
     if isinstance(settings.get("layers"), int):
         settings["layers"] = (settings["layers"],)
-    check_keys(settings, KEYS, subject="VRPO setting")
     config = VRPOConfig.from_dict({key: value for key, value in settings.items() if key in CONFIG_KEYS})
     return config, HostOptions(**{key: value for key, value in settings.items() if key in OPTION_KEYS})
+
+
+def parse_setting(key: str, value: Any) -> Any:
+    """A value from any source. Names and paths stay as they are written: they may hold commas and equals signs."""
+    if not isinstance(value, str):
+        return value
+    if key in TEXTS:
+        return None if value.strip().lower() in ("", "none", "null") else value.strip()
+    value = parse_value(value)
+    return bool(value) if key in FLAGS and value in (0, 1) else value
 
 
 def parse_value(text: str) -> Any:
@@ -115,8 +146,8 @@ def _read(path: Path) -> Mapping[str, Any]:
         settings = load(path.read_text("utf-8"))
     except errors as error:
         raise _bad_file(path, repr(error)) from error
-    if not isinstance(settings, Mapping):
-        raise _bad_file(path, type(settings).__name__)
+    if not isinstance(settings, Mapping) or not all(isinstance(key, str) for key in settings):
+        raise _bad_file(path, repr(settings)[:200])
     return settings
 
 

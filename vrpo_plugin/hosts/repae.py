@@ -15,7 +15,7 @@ from vrpo_plugin.functional.interpolant import clean_estimate, noisy_sample
 from vrpo_plugin.functional.tensors import add_gradient, promote
 from vrpo_plugin.hosts import compat
 from vrpo_plugin.hosts.base import HostSpec, Note, apply_line, point, sizes_of_repa_model
-from vrpo_plugin.hosts.session import Session
+from vrpo_plugin.hosts.session import Session, made_before
 from vrpo_plugin.hosts.trackers import accelerate_log
 from vrpo_plugin.modules.taps import Tap
 from vrpo_plugin.patching.handle import Seam
@@ -26,6 +26,8 @@ def forward_with_losses(session: Session, original: Callable[..., Any], model: A
     """The host's forward; the VAE's alignment pass (``align_only``, the model frozen) is the host's own."""
     if arguments["loss_kwargs"]["align_only"] or not torch.is_grad_enabled():
         return original(model, **arguments)
+    if not hasattr(model, "vrpo"):
+        raise made_before(session.spec)
     z, tap = tuple(arguments["zs"]), model.vrpo.latent_tap
     if session.replaces_features:
         # One token of one sample: the host's loop over samples is entered once, and its result dropped.

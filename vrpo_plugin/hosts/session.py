@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vrpo_plugin.config import VRPOConfig
-from vrpo_plugin.errors import ConfigError, HostChangedError, explain
+from vrpo_plugin.errors import ConfigError, HostChangedError, HostNotFoundError, explain
 from vrpo_plugin.hosts.aligner import HostAligner
 from vrpo_plugin.hosts.base import Aligned, HostSpec
 from vrpo_plugin.hosts.options import HostOptions
@@ -195,5 +195,17 @@ def never_fired(spec: HostSpec, what: str) -> HostChangedError:
             expected="the patched loss to call the patched model",
             got="a training step that went round the patch",
             do="Run 'vrpo check' on the checkout; 'reward_coeff=0 features=host' trains without VRPO.",
+        )
+    )
+
+
+def made_before(spec: HostSpec) -> HostNotFoundError:
+    """The error of a model whose constructor ran before it was wrapped."""
+    return HostNotFoundError(
+        explain(
+            f"{spec.name}: {spec.model_class}",
+            expected="a model made after VRPO was applied",
+            got="one without an aligner",
+            do="Apply below the imports of the script, before its model is made.",
         )
     )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vrpo_plugin.hosts.base import Aligned
-from vrpo_plugin.hosts.session import Session, never_fired
+from vrpo_plugin.hosts.session import Session, made_before, never_fired
 
 Method = Callable[..., Any]
 
@@ -80,6 +80,8 @@ def wrap_loss(session: Session, label: str) -> Callable[[Method], Method]:
             session.handle.fire(label)
             if session.idle or not torch.is_grad_enabled():
                 return original(self, *args, **kwargs)
+            if not session.handle.fired[session.spec.counted[0]]:
+                raise made_before(session.spec)
             call = signature.bind(self, *args, **kwargs)
             call.apply_defaults()
             inputs = session.spec.read(session, self, call.arguments)

@@ -30,6 +30,7 @@ def parse_args(argv=None):
     parser.add_argument("--qk-norm", action="store_true")
     parser.add_argument("--report-to", default=None)
     parser.add_argument("--continue-train-exp-dir", default="earlier")
+    parser.add_argument("--resume-step", type=int, default=0)
     parser.add_argument("--max-train-steps", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--proj-coeff", type=float, default=0.5)
@@ -52,13 +53,18 @@ def main(args, watch=None):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     vae_optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-4)
     update_ema(ema, model, decay=0)
+    if args.resume_step > 0:
+        checkpoint = torch.load(f"{args.cont_dir}/{args.resume_step:07d}.pt", map_location="cpu")  # no such argument
+        model.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["opt"])
     if args.compile:
         model = torch.compile(model, backend=args.compile)
     model, vae, optimizer, vae_optimizer = accelerator.prepare(model, vae, optimizer, vae_optimizer)
     accelerator.init_trackers("fake")
     data = Images()
     watch("start", model=model, ema=ema, optimizer=optimizer)
-    for step in range(1, args.max_train_steps + 1):
+    for step in range(args.resume_step + 1, args.max_train_steps + 1):
         chosen = torch.randint(len(data), (args.batch_size,))
         raw_image, labels = data.images[chosen], data.labels[chosen]
         zs = [encoder.forward_features(raw_image) for encoder in encoders]

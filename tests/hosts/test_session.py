@@ -1,0 +1,242 @@
+"""A patched host at work: what is refused when its model is made or trained, and where nothing is aligned."""
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fakes.host_folders import ENCODER, SCRIPTS, FakeHost, fake_host
+from torch import Tensor, nn
+
+from vrpo_plugin import VRPOConfig, apply_vrpo
+from vrpo_plugin.errors import (
+    CheckpointError,
+    ConfigError,
+    HostChangedError,
+    HostNotFoundError,
+    WeightsNotFoundError,
+)
+from vrpo_plugin.hosts.aligner import HostAligner
+from vrpo_plugin.hosts.options import HostOptions
+from vrpo_plugin.modules.critic import LatentCritic, save_critic
+
+HOSTS = tuple(SCRIPTS)
+OTHERS = ("sit", "dit", "lightningdit")
+ROUND = r"expected the patched loss to call the patched model, got a training step that went round the patch\. Run"
+
+
+@pytest.fixture
+def host(request: pytest.FixtureRequest) -> Iterator[FakeHost]:
+    with fake_host(request.param) as fake:
+        yield fake
+
+
+def on(*names: str) -> Callable[..., Any]:
+    return pytest.mark.parametrize("host", names, indirect=True)
+
+
+def model_of(host: FakeHost, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {}
+    if host.name in ("repa", "reg", "irepa", "repae"):
+        sizes = {"decoder_hidden_size": 32, "qk_norm": False}
+    return host.model_class(**sizes).train()
+
+
+def inputs_of(host: FakeHost, align_only: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call of the model."""
+    x, t, y, tokens = torch.randn(4, 4, 8, 8), torch.rand(4), torch.arange(4), torch.randn(4, 12)
+    if host.name == "repae":
+        zs, losses = [torch.randn(4, 16, 12)], {"path_type": "linear", "align_only": align_only}
+        return (), {"x": x, "y": y, "zs": zs, "loss_kwargs": losses, "time_input": None, "noises": None}
+    if host.name == "repa_t2i":
+        return (x, t), {"context": torch.randn(4, 5, 10)}
+    return (x, t), {"y": y, "cls_token": tokens} if host.name == "reg" else {"y": y}
+
+
+def loss_of(host: FakeHost, model: Any) -> Any:
+    """The host's loss of one batch, from one seed."""
+    torch.manual_seed(1)
+    if host.spec.needs_encoder:
+        host.module("diffusers.models").AutoencoderKL().encode(torch.randn(4, 3, 64, 64).clamp(-1, 1))
+    x, y, z = torch.randn(4, 4, 8, 8), {"y": torch.arange(4)}, [torch.randn(4, 17 if host.name == "reg" else 16, 12)]
+    if host.name == "dit":
+        return host.module("diffusion").create_diffusion("").training_losses(model, x, torch.arange(4), y)
+    if host.name in OTHERS:
+        return host.module("transport").create_transport().training_losses(model, x, y)
+    more = {"cls_token": z[0].mean(1)} if host.name == "reg" else {}
+    y = {"context": torch.randn(4, 5, 10)} if host.name == "repa_t2i" else y
+    return host.module("loss").SILoss()(model, x, y, zs=z, **more)
+
+
+def tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    parts = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
+    return [tensor for part in parts for tensor in tensors(part)]
+
+
+def same(a: Any, b: Any) -> bool:
+    return len(tensors(a)) == len(tensors(b)) > 0 and all(
+        torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True)
+    )
+
+
+@on(*OTHERS)
+def test_weight_of_the_features_is_ours_where_the_host_has_none(host: FakeHost, tmp_path: Path) -> None:
+    with host.apply(tmp_path, proj_coeff=1.0):
+        assert model_of(host).vrpo.config.proj_coeff == 1.0
+
+
+# ---- refused when the model is made, or trained ----
+
+
+@on("sit", "dit")
+def test_an_encoder_that_is_not_there(host: FakeHost) -> None:
+    for options, error, text in (
+        (
+            HostOptions(encoder=ENCODER, encoder_checkpoint="nowhere.pt"),
+            WeightsNotFoundError,
+            "got no file at nowhere.pt",
+        ),
+        (HostOptions(encoder="dinov2-vit-z"), ConfigError, "'dinov2-vit-z'"),
+        (HostOptions(encoder=f"{ENCODER},{ENCODER}", encoder_checkpoint="one.pt"), ConfigError, "load_encoders: exp"),
+    ):
+        with apply_vrpo(host.spec, VRPOConfig(), options=options), pytest.raises(error, match=text):
+            model_of(host)
+
+
+@on("lightningdit")
+def test_a_critic_of_other_latents(host: FakeHost, tmp_path: Path) -> None:
+    save_critic(LatentCritic((8, 8, 8), (12,), (4, 4), width=16), tmp_path / "other.safetensors")
+    with (
+        host.apply(tmp_path, critic_checkpoint=str(tmp_path / "other.safetensors")),
+        pytest.raises(CheckpointError, match=r"other.*expected a critic of sizes .*\[4, 8, 8\].*, got .*\[8, 8, 8\]"),
+    ):
+        model_of(host)
+
+
+@on("irepa")
+def test_irepas_other_losses_would_be_lost(host: FakeHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    defaults = ("v", "linear", "uniform", None, "cosine,size", "1,1")
+    monkeypatch.setattr(host.module("loss").SILoss.__init__, "__defaults__", defaults)
+    text = r"features: expected 'host'.*got 'policy' with --projection-loss-type size\. Set features=host"
+    with host.apply(tmp_path), pytest.raises(ConfigError, match=text):
+        loss_of(host, model_of(host))
+    with host.apply(tmp_path, features="host"):
+        assert loss_of(host, model_of(host))[2].keys() == {"cosine", "size"}
+
+
+@on("dit")
+def test_dit_that_predicts_something_else(host: FakeHost, tmp_path: Path) -> None:
+    diffusion = host.module("diffusion")
+    diffusion.ModelMeanType = type("Means", (), {"EPSILON": diffusion.ModelMeanType.PREVIOUS_X})
+    text = r"model_mean_type: expected EPSILON or START_X, got PREVIOUS_X\. Use create_diffusion's defaults"
+    with host.apply(tmp_path), pytest.raises(ConfigError, match=text):
+        loss_of(host, model_of(host))
+
+
+@on("sit", "dit")
+def test_pixels_that_were_not_seen(host: FakeHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = host.module("diffusers.models").AutoencoderKL
+    with host.apply(tmp_path):
+        model, encode = model_of(host), vae.encode
+        monkeypatch.setattr(vae, "encode", lambda self, x: encode(self, x[:3]))
+        with pytest.raises(
+            HostChangedError, match=rf"{host.name}: pixels: expected .* batch of 4 images .*got 3 images"
+        ):
+            loss_of(host, model)
+        monkeypatch.setattr(vae, "encode", lambda self, x: None)
+        with pytest.raises(HostChangedError, match=r"batch of 4 images just before the loss, got none\. Encode each"):
+            loss_of(host, model)
+        monkeypatch.undo()
+
+
+ROUND = (
+    r"expected the patched loss to call the patched model, got a training step that went round the patch\. Run 'vrpo"
+)
+
+
+@on("repa")
+def test_a_loss_that_calls_another_model(host: FakeHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, other = host.module("loss").SILoss, []
+    own = loss.__call__
+
+    def __call__(self: Any, model: Any, images: Tensor, model_kwargs: Any = None, zs: Any = None) -> Any:
+        return own(self, other[0], images, model_kwargs, zs)
+
+    monkeypatch.setattr(loss, "__call__", __call__)
+    with host.apply(tmp_path):
+        model = model_of(host)
+        other.append(lambda x, t, y: (x, [torch.ones(1, 1, 1)]))
+        with pytest.raises(HostChangedError, match=rf"repa: SILoss\.__call__: {ROUND}"):
+            loss_of(host, model)
+        other[0] = model
+        with pytest.raises(HostChangedError, match=rf"repa: SiT\.forward: {ROUND}"):
+            loss_of(host, model)
+    monkeypatch.undo()
+
+
+@on(*(name for name in HOSTS if name != "repae"))
+def test_a_training_step_without_the_patched_loss(host: FakeHost, tmp_path: Path) -> None:
+    with host.apply(tmp_path) as handle:
+        model, (args, kwargs) = model_of(host), inputs_of(host)
+        with pytest.raises(HostChangedError, match=rf"{host.name}: {host.spec.model.name}: {ROUND}"):
+            model(*args, **kwargs)
+        assert handle.fired[host.spec.counted[0]] == 1
+
+
+@on(*HOSTS)
+def test_a_model_made_before(host: FakeHost, tmp_path: Path) -> None:
+    model = model_of(host)
+    args, kwargs = inputs_of(host)
+    with host.apply(tmp_path):
+        train = (lambda: model(*args, **kwargs)) if host.name == "repae" else (lambda: loss_of(host, model))
+        with pytest.raises(HostNotFoundError, match=r"expected a model made after VRPO was applied, got one without"):
+            train()
+
+
+# ---- where nothing is aligned ----
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the aligner was called")
+
+    monkeypatch.setattr(HostAligner, "forward", forward)
+
+
+@on(*HOSTS)
+def test_evaluation_is_the_unpatched_models(host: FakeHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluate() -> list[Any]:
+        model = model_of(host)
+        copied, outputs = copy.deepcopy(model), []
+        for called, training, gradients, align_only in (
+            (
+                model,
+                False,
+                host.name != "repae",
+                False,
+            ),  # its forward is its loss: in evaluation there are no gradients
+            (model, True, False, False),
+            (model, False, False, False),
+            (model, True, host.name == "repae", True),  # the pass that trains the VAE
+            (copied, True, host.name != "repae", False),
+            (copied, False, False, False),
+        ):
+            torch.manual_seed(2)
+            args, kwargs = inputs_of(host, align_only)
+            with torch.set_grad_enabled(gradients):
+                outputs.append([called.train(training)(*args, **kwargs), torch.get_rng_state()])
+        with torch.no_grad():
+            outputs.append([] if host.name == "repae" else [loss_of(host, model), torch.get_rng_state()])
+        return outputs
+
+    plain = evaluate()
+    watched(monkeypatch)
+    with host.apply(tmp_path):
+        patched = evaluate()
+    assert same(patched, plain)
+    assert not same(plain[1], plain[2]) or host.name == "repa_t2i"  # it drops no labels
