@@ -210,21 +210,21 @@ ONE_PROCESS = Shim(
 )
 RESUME = Shim(
     "resume",
-    "train.py saves its argparse.Namespace; torch.load refuses it since torch 2.6",
+    "train.py:334 saves its argparse.Namespace; torch.load in train.py:235 refuses it since torch 2.6",
     "argparse.Namespace is on torch's allow-list, so that resuming loads with weights_only",
     "the host saves plain arguments, or allows them itself",
     _resume,
 )
 SIT_S = Shim(
     "sit_s",
-    "models/sit.py: SiT_S_* leave decoder_hidden_size at 768",
+    "models/sit.py:171: SiT_S_* leave decoder_hidden_size at 768",
     "decoder_hidden_size is the model's own hidden_size",
     "the host passes it",
     _sit_s,
 )
 QK_NORM = Shim(
     "qk_norm",
-    "timm's Attention asks for a norm_layer with qk_norm",
+    "models/sit.py:113: timm's Attention asks for a norm_layer with qk_norm",
     "--qk-norm uses LayerNorm, timm's earlier default",
     "the host passes norm_layer",
     _qk_norm,
@@ -266,7 +266,7 @@ CONT_DIR = Shim(
 )
 FRESH_OPTIMIZER = Shim(
     "fresh_optimizer",
-    "torch refuses an optimizer state with fewer parameters",
+    "train.py:241: torch refuses an optimizer state with fewer parameters",
     "the checkpoint was saved without vrpo_plugin: the aligner's parameters start with a fresh optimizer state",
     "never: it is what resuming an earlier run takes",
     _fresh_optimizer,

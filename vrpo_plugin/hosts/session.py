@@ -131,6 +131,8 @@ class Tracker:
 
     def record(self, metrics: Mapping[str, Tensor]) -> None:
         """Keeps the metrics of one call."""
+        if not metrics:  # nothing is measured: no features, no reward
+            return
         if self.log_every and self.calls and self.calls % self.log_every == 0 and is_main_process():
             text = ", ".join(f"{name.removeprefix('vrpo/')}: {value:.4f}" for name, value in self.latest().items())
             logger.info("vrpo (call=%07d) %s", self.calls, text)  # the call before this one: it is long done
