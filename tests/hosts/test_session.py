@@ -198,6 +198,15 @@ def test_a_model_made_before(host: FakeHost, tmp_path: Path) -> None:
             train()
 
 
+def test_a_model_of_an_earlier_application_trains_on(tmp_path: Path) -> None:
+    with fake_host("repa") as host:
+        with host.apply(tmp_path):
+            model = model_of(host)
+        with host.apply(tmp_path) as handle:
+            loss_of(host, model)
+            assert handle.fired["SILoss.__call__"] == 1
+
+
 # ---- where nothing is aligned ----
 
 

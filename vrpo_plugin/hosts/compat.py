@@ -75,10 +75,20 @@ def _one_process(session: Session, shim: Shim) -> Sequence[Seam]:
 
 
 def _resume(session: Session, shim: Shim) -> Sequence[Seam]:
-    # An entry of torch's own allow-list; it stays when the patch is removed, and lets nothing run.
-    if argparse.Namespace not in torch.serialization.get_safe_globals():
-        torch.serialization.add_safe_globals([argparse.Namespace])
-    return []
+    def wrap(original: Any) -> Any:
+        @wraps(original)
+        def load(*args: Any, **kwargs: Any) -> Any:
+            # An entry of torch's own allow-list; it lets no code run.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                loaded = original(*args, **kwargs)
+            holds = isinstance(loaded, dict) and isinstance(loaded.get("args"), argparse.Namespace)
+            if holds and kwargs.get("weights_only") is not False:
+                shim.used(session)
+            return loaded
+
+        return load
+
+    return [Seam(torch, "load", wrap, "torch.load")]
 
 
 def _sit_s(session: Session, shim: Shim) -> Sequence[Seam]:
@@ -211,7 +221,7 @@ ONE_PROCESS = Shim(
 RESUME = Shim(
     "resume",
     "train.py:334 saves its argparse.Namespace; torch.load in train.py:235 refuses it since torch 2.6",
-    "argparse.Namespace is on torch's allow-list, so that resuming loads with weights_only",
+    "torch.load takes an argparse.Namespace too, and stays with weights_only",
     "the host saves plain arguments, or allows them itself",
     _resume,
 )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vrpo_plugin.hosts.aligner import HostAligner
 from vrpo_plugin.hosts.base import Aligned
 from vrpo_plugin.hosts.session import Session, made_before, never_fired
 
@@ -80,10 +81,10 @@ def wrap_loss(session: Session, label: str) -> Callable[[Method], Method]:
             session.handle.fire(label)
             if session.idle or not torch.is_grad_enabled():
                 return original(self, *args, **kwargs)
-            if not session.handle.fired[session.spec.counted[0]]:
-                raise made_before(session.spec)
             call = signature.bind(self, *args, **kwargs)
             call.apply_defaults()
+            if not session.handle.fired[session.spec.counted[0]] and not _has_aligner(call.arguments["model"]):
+                raise made_before(session.spec)
             inputs = session.spec.read(session, self, call.arguments)
             proxy = ModelProxy(session, call.arguments["model"], inputs)
             call.arguments["model"] = proxy
@@ -112,6 +113,11 @@ class ModelProxy:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
+
+
+def _has_aligner(model: Any) -> bool:
+    """It was made under an application that was removed since."""
+    return isinstance(model, nn.Module) and any(isinstance(module, HostAligner) for module in model.modules())
 
 
 def _is_copy(model: nn.Module) -> bool:
