@@ -219,7 +219,7 @@ class Painter:
         options = self.options
         real, labels = all_images(self.source, 50_000)
         if options.eval_network == SMALL:
-            from vrpo_plugin.evaluation.small_network import train_small_features
+            from vrpo_plugin.evaluation.small_training import train_small_features
 
             # Another architecture, width and seed than the small encoder's: the aligned network is no judge.
             network: Any = train_small_features(

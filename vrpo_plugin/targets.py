@@ -63,7 +63,8 @@ def load_targets(
             device=device,
         )
         return Targets(encoders.dims, (side, side), encoders)
-    from vrpo_plugin.evaluation.small_network import load_small_features, train_small_features
+    from vrpo_plugin.evaluation.small_network import load_small_features
+    from vrpo_plugin.evaluation.small_training import train_small_features
 
     if checkpoint is not None:
         small = load_small_features(checkpoint)

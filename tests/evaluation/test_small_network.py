@@ -10,11 +10,10 @@ from torch import nn
 from vrpo_plugin.errors import CheckpointError, ConfigError, ShapeError, WeightsNotFoundError
 from vrpo_plugin.evaluation.small_network import (
     SmallFeatureNetwork,
-    _shift,
     load_small_features,
-    train_small_features,
     weights_hash,
 )
+from vrpo_plugin.evaluation.small_training import _shift, train_small_features
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vrpo_plugin.cli import main as vrpo_main
-from vrpo_plugin.evaluation.small_network import train_small_features
+from vrpo_plugin.evaluation.small_training import train_small_features
 from vrpo_plugin.reference.sources import DigitsSource, all_images
 
 pytestmark = pytest.mark.slow

@@ -11,8 +11,12 @@ from vrpo_plugin.errors import DataError, ShapeError, explain
 from vrpo_plugin.evaluation.small_network import (
     SmallFeatureNetwork,
     load_small_features,
-    train_small_features,
     weights_hash,
+)
+from vrpo_plugin.evaluation.small_training import (
+    train_denoising_features,
+    train_rotation_features,
+    train_small_features,
 )
 
 __all__ = [
@@ -22,6 +26,8 @@ __all__ = [
     "extract_features",
     "load_small_features",
     "timm_features",
+    "train_denoising_features",
+    "train_rotation_features",
     "train_small_features",
 ]
 

@@ -1,4 +1,4 @@
-"""A small convolutional network, trained in seconds and frozen: an encoder, or a judge of samples."""
+"""A small frozen convolutional network: an encoder, or a judge of samples."""
 
 import hashlib
 import json
@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange, reduce
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vrpo_plugin.errors import CheckpointError, ConfigError, ShapeError, WeightsNotFoundError, explain
+from vrpo_plugin.errors import CheckpointError, ShapeError, WeightsNotFoundError, explain
 
 Architecture = Literal["plain", "residual"]
 ARCHITECTURES: tuple[str, ...] = get_args(Architecture)
@@ -24,7 +23,7 @@ MAX_GRID = 8
 
 @dataclass(frozen=True, eq=False)
 class SmallFeatureNetwork:
-    """A small frozen convolutional network; made by :func:`train_small_features`.
+    """A small frozen convolutional network; made by ``vrpo_plugin.evaluation.small_training``.
 
     Serves as encoder (``tokens``) and as feature network of an evaluation (``network(images)``). A plain
     object, so that a module which holds it neither trains nor saves it.
@@ -35,7 +34,7 @@ class SmallFeatureNetwork:
         width: channels of the first stage; the last has twice as many.
         architecture: ``plain`` or ``residual``.
         seed: that it was trained with.
-        accuracy: of its classifier on the held-out images, in [0, 1].
+        accuracy: of its task on held-out images: share of right classes, or of variance explained; at most 1.
         body: the layers.
     """
 
@@ -87,7 +86,7 @@ class SmallFeatureNetwork:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Pooled features (B, D) of images as for :meth:`tokens`; what the classifier saw."""
-        return _pool(self._map(images))
+        return pool(self._map(images))
 
     def _map(self, images: Tensor) -> Tensor:
         shape = (self.channels, self.resolution, self.resolution)
@@ -102,7 +101,7 @@ class SmallFeatureNetwork:
             )
         device = next(self.body.parameters()).device
         with torch.autocast(device.type, enabled=False):
-            return self.body(_normalize(images.to(device)))
+            return self.body(normalize(images.to(device)))
 
     def __deepcopy__(self, memo: dict[int, object]) -> "SmallFeatureNetwork":
         return self
@@ -147,7 +146,7 @@ def load_small_features(path: str | os.PathLike[str]) -> SmallFeatureNetwork:
             arguments = json.loads(file.metadata()["small_features"])
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         built_from = ("channels", "resolution", "width", "architecture", "seed")
-        body = _build(**{key: arguments[key] for key in built_from})
+        body = build_body(**{key: arguments[key] for key in built_from})
         body.load_state_dict(state)
         return SmallFeatureNetwork(**arguments, body=body)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -161,80 +160,13 @@ def load_small_features(path: str | os.PathLike[str]) -> SmallFeatureNetwork:
         ) from error
 
 
-def train_small_features(
-    images: Tensor,
-    labels: Tensor,
-    *,
-    seed: int,
-    width: int = 32,
-    steps: int = 200,
-    architecture: Architecture = "residual",
-    batch_size: int = 128,
-    learning_rate: float = 4e-3,
-    held_out: float = 0.1,
-    device: str | torch.device = "cpu",
-) -> SmallFeatureNetwork:
-    """Trains a small classifier on the spot and freezes it: an encoder, or a network to evaluate with.
-
-    On one CPU, with one number of threads, the same arguments give the same network bitwise; to share it between
-    machines, save it. torch's global generator is left as it was.
-
-    Args:
-        images: uint8 (N, C, S, S), S at least 4.
-        labels: integers (N,), from 0.
-        seed: of the initialisation, the held-out split, the batches and the shifts.
-        width: channels of the first stage; features have twice as many.
-        steps: of AdamW, one cycle.
-        architecture: ``plain`` or ``residual``; with another seed, the other one is an independent judge.
-        batch_size: images per step, each shifted by up to an eighth of its side.
-        learning_rate: the highest.
-        held_out: share of the images kept back to measure ``accuracy``, in (0, 1).
-        device: where to train; the network stays there.
-
-    Returns:
-        The frozen network.
-
-    Raises:
-        ConfigError: an argument is out of range.
-        ShapeError: images are not uint8 and square, or labels not as many integers from 0.
-    """
-    sizes = {"width": width, "steps": steps, "batch_size": batch_size}
-    _check_training(images, labels, architecture, sizes, held_out)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(images), generator=generator)
-    test, train = order.tensor_split([round(held_out * len(images))])
-    channels, resolution = images.shape[1:3]
-    body = _build(channels, resolution, width, architecture, seed).to(device)
-    head = _seeded(seed, lambda: nn.Linear(2 * width, int(labels.max()) + 1)).to(device)
-    parameters = [*body.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
-
-    def classify(batch: Tensor) -> Tensor:
-        return head(_pool(body(_normalize(batch.to(device)))))
-
-    with torch.enable_grad():
-        for _ in range(steps):
-            index = train[torch.randint(len(train), (batch_size,), generator=generator)]
-            logits = classify(_shift(images[index.to(images.device)], resolution // 8, generator))
-            target = labels[index.to(labels.device)].to(device).long()
-            optimizer.zero_grad()
-            F.cross_entropy(logits, target, label_smoothing=0.1).backward()
-            optimizer.step()
-            schedule.step()
-    body.eval()
-    with torch.no_grad():
-        parts = images[test.to(images.device)].split(512)
-        guesses = torch.cat([classify(part).argmax(1).cpu() for part in parts])
-    accuracy = (guesses == labels.cpu()[test]).float().mean().item()
-    return SmallFeatureNetwork(channels, resolution, width, architecture, seed, accuracy, body)
-
-
-def _normalize(images: Tensor) -> Tensor:
+def normalize(images: Tensor) -> Tensor:
+    """uint8 to [-1, 1], float32."""
     return images.float() / 127.5 - 1
 
 
-def _pool(feature_map: Tensor) -> Tensor:
+def pool(feature_map: Tensor) -> Tensor:
+    """Maps (B, D, h, w) to features (B, D)."""
     return reduce(feature_map.relu(), "b d h w -> b d", "mean")
 
 
@@ -248,7 +180,7 @@ class _Residual(nn.Sequential):
         return x + super().forward(x)
 
 
-def _build(channels: int, resolution: int, width: int, architecture: Architecture, seed: int) -> nn.Sequential:
+def build_body(channels: int, resolution: int, width: int, architecture: Architecture, seed: int) -> nn.Sequential:
     """Stem, stage, halving, stage, norm; each layer is norm, ReLU, convolution."""
 
     def layer(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
@@ -267,48 +199,12 @@ def _build(channels: int, resolution: int, width: int, architecture: Architectur
             nn.BatchNorm2d(2 * width),
         )
 
-    return _seeded(seed, build)
+    return seeded(seed, build)
 
 
-def _seeded(seed: int, build: Callable[[], Any]) -> Any:
+def seeded(seed: int, build: Callable[[], Any]) -> Any:
+    """What ``build()`` initialises under a seed; the global generator stays as it was."""
     # manual_seed of the default generator alone: torch.manual_seed would also reseed every GPU.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return build()
-
-
-def _shift(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Moves each image by up to ``most`` pixels in each direction, its edge repeated."""
-    size = images.shape[-1]
-    shifts = torch.randint(-most, most + 1, (2, len(images), 1), generator=generator).to(images.device)
-    rows, columns = (torch.arange(size, device=images.device) + shifts).clamp(0, size - 1)
-    sample = torch.arange(len(images), device=images.device)[:, None, None]
-    return rearrange(images[sample, :, rows[:, :, None], columns[:, None, :]], "b h w c -> b c h w")
-
-
-def _check_training(
-    images: Tensor, labels: Tensor, architecture: str, numbers: dict[str, int], held_out: float
-) -> None:
-    square = images.ndim == 4 and images.shape[2] == images.shape[3] >= 4
-    integers = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-    labelled = integers and labels.shape == images.shape[:1] and bool((labels >= 0).all())
-    if not (square and images.dtype == torch.uint8 and labelled):
-        raise ShapeError(
-            explain(
-                "train_small_features",
-                expected="images uint8 (N, C, S, S) with S >= 4, and labels (N,), integers from 0",
-                got=f"{images.dtype} {tuple(images.shape)} and {labels.dtype} {tuple(labels.shape)}",
-                do="Pass pixels in [0, 255] and class indices.",
-            )
-        )
-    kept = round(held_out * len(images)) if 0 < held_out < 1 else 0
-    if architecture not in ARCHITECTURES or min(numbers.values()) < 1 or not 1 <= kept < len(images):
-        raise ConfigError(
-            explain(
-                "train_small_features",
-                expected=f"architecture of {ARCHITECTURES}, {', '.join(numbers)} >= 1, "
-                "and a share held_out of the images that leaves some to train on and some to test on",
-                got=f"{architecture!r}, {numbers}, held_out={held_out} of {len(images)} images",
-                do="Correct the argument that is out of range.",
-            )
-        )
