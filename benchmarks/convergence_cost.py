@@ -1,0 +1,95 @@
+"""What a training step of each method costs: multiply-accumulates, and time in one run."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from convergence_parts import ENCODER, Benchmark, Run
+from torch import Tensor
+from torch.utils.data import default_collate
+from torch.utils.flop_counter import FlopCounterMode
+from train_parts import TrainingStep, aligner_of, build_model, build_optimizer
+
+from vrpo_plugin.reference.data import TrainingSamples
+from vrpo_plugin.targets import Targets
+
+REPEATS, STEPS = 5, 2
+
+
+class Stepper:
+    """Training steps of one method, outside of any run."""
+
+    def __init__(self, run: Run, device: torch.device) -> None:
+        self.options, config = run.options()
+        source, encoder = run.benchmark.source(), run.benchmark.network(ENCODER).to(device)
+        self.encode = lambda images: (encoder.tokens(images),)
+        targets = Targets((encoder.token_dim,), encoder.grid, self.encode)
+        self.aligned = config.features == "policy" or config.reward_coeff > 0
+        self.model = build_model(self.options, config, source, targets if self.aligned else None).to(device)
+        self.step_module = TrainingStep(self.model, config.path_type).train()
+        self.optimizer = build_optimizer(self.options, self.model)
+        samples = TrainingSamples(source, seed=0)
+        batch = default_collate([samples[i] for i in range(self.options.batch_size)])
+        self.batch: dict[str, Tensor] = {key: value.to(device) for key, value in batch.items()}
+        self.device = device
+
+    def loss(self) -> Tensor:
+        """Forward pass with the encoder's."""
+        precision = self.options.mixed_precision
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            z = self.encode(self.batch["image"]) if self.aligned else ()
+            return self.step_module(self.batch, z, 0)[0]
+
+    def step(self) -> None:
+        """One optimizer step."""
+        self.loss().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def mmacs(self) -> float:
+        """Millions of multiply-accumulates per sample, forward and backward, the encoder's included."""
+        with FlopCounterMode(display=False) as counter:
+            self.loss().backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        return counter.get_total_flops() / 2e6 / self.options.batch_size
+
+    def critic_mmacs(self) -> float:
+        """What of them the generation readout takes: the difference to a step without its rewards."""
+        aligner = aligner_of(self.model)
+        if aligner is None or aligner.generation is None:
+            return 0.0
+        whole, readout = self.mmacs(), aligner.generation
+        aligner.generation = None
+        rest = self.mmacs()
+        aligner.generation = readout
+        return whole - rest
+
+
+def measure_costs(benchmark: Benchmark, methods: Sequence[str], device: torch.device) -> dict[str, dict[str, Any]]:
+    """Per method: ``mmacs`` per sample and step, the critic's ``share`` of them, and ``seconds`` per step.
+
+    Blocks of steps of all methods alternate, so that a slow moment of the machine hits them alike.
+    """
+    steppers = {method: Stepper(Run(benchmark, method, benchmark.recipe.seeds[0]), device) for method in methods}
+    seconds: dict[str, list[float]] = {method: [] for method in methods}
+    for _ in range(REPEATS + 1):
+        for method, stepper in steppers.items():
+            _wait(device)
+            started = time.perf_counter()
+            for _ in range(STEPS):
+                stepper.step()
+            _wait(device)
+            seconds[method].append((time.perf_counter() - started) / STEPS)
+    costs = {}
+    for method, stepper in steppers.items():
+        mmacs = stepper.mmacs()
+        share = stepper.critic_mmacs() / mmacs
+        costs[method] = {"mmacs": mmacs, "critic_share": share, "seconds": statistics.median(seconds[method][1:])}
+    return costs
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,184 @@
+"""The networks and the training runs of a convergence benchmark; both are kept, and only made where missing."""
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convergence_recipe import JUDGES, Recipe
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+from train_options import TrainOptions, parse_options  # noqa: E402
+
+from vrpo_plugin import VRPOConfig  # noqa: E402
+from vrpo_plugin.errors import DataError, explain  # noqa: E402
+from vrpo_plugin.evaluation.small_network import SmallFeatureNetwork, load_small_features  # noqa: E402
+from vrpo_plugin.evaluation.small_training import (  # noqa: E402
+    train_denoising_features,
+    train_rotation_features,
+    train_small_features,
+)
+from vrpo_plugin.reference.sources import Source, all_images, open_source  # noqa: E402
+
+SCRIPT = ROOT / "examples" / "train_repa_vrpo.py"
+ENCODER = "encoder"
+
+# Another architecture and other seeds than the encoder's; two of the three have never seen a label.
+TRAINERS: dict[str, Callable[..., SmallFeatureNetwork]] = {
+    ENCODER: lambda images, labels, **kw: train_small_features(images, labels, seed=0, architecture="residual", **kw),
+    "classes": lambda images, labels, **kw: train_small_features(images, labels, seed=1, architecture="plain", **kw),
+    "rotation": lambda images, labels, **kw: train_rotation_features(images, seed=2, architecture="plain", **kw),
+    "denoising": lambda images, labels, **kw: train_denoising_features(images, seed=3, architecture="plain", **kw),
+}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A recipe with its data and its folder of networks and runs."""
+
+    recipe: Recipe
+    data: Path | None
+    output: Path
+
+    @property
+    def training_data(self) -> Path | None:
+        """``DATA/train`` where it exists, else ``DATA``; None: the digits."""
+        train = self.data / "train" if self.data else None
+        return train if train is not None and train.is_dir() else self.data
+
+    def source(self) -> Source:
+        """The training images."""
+        return open_source(self.training_data, self.recipe.resolution)
+
+    def held_out(self) -> Tensor:
+        """Validation images uint8 (N, C, H, W), of ``DATA/test`` or ``DATA/val``; else training images."""
+        folders = [self.data / name for name in ("test", "val")] if self.data else []
+        found = next((folder for folder in folders if folder.is_dir()), self.training_data)
+        return all_images(open_source(found, self.recipe.resolution), self.recipe.evaluation.held_out)[0]
+
+    def network_file(self, name: str) -> Path:
+        """Where a network is kept."""
+        return self.output / "networks" / f"{name}.safetensors"
+
+    def network(self, name: str) -> SmallFeatureNetwork:
+        """A network that :meth:`train_networks` made."""
+        return load_small_features(self.network_file(name))
+
+    def train_networks(self) -> dict[str, float]:
+        """Trains the encoder and the judges that are missing.
+
+        Returns:
+            Their accuracy on images held out, each in its own task.
+        """
+        missing = [name for name in (ENCODER, *JUDGES) if not self.network_file(name).exists()]
+        if missing:
+            images, labels = all_images(self.source(), self.recipe.networks.images)
+            self.network_file(ENCODER).parent.mkdir(parents=True, exist_ok=True)
+        for name in missing:
+            settings = self.recipe.networks.encoder if name == ENCODER else self.recipe.networks.judges
+            network = TRAINERS[name](images, labels, **settings)
+            temporary = self.network_file(name).with_suffix(".tmp")
+            network.save(temporary)
+            temporary.replace(self.network_file(name))
+        return {name: self.network(name).accuracy for name in (ENCODER, *JUDGES)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method at one seed."""
+
+    benchmark: Benchmark
+    method: str
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        """The example's folder of this run."""
+        return self.benchmark.output / "runs" / f"{self.method}-seed{self.seed}"
+
+    def arguments(self) -> list[str]:
+        """The example's command line."""
+        recipe = self.benchmark.recipe
+        steps = recipe.evaluation.steps
+        options: dict[str, Any] = {
+            **recipe.training,
+            **recipe.methods[self.method],
+            "resolution": recipe.resolution,
+            "seed": self.seed,
+            "output_dir": self.folder.parent,
+            "exp_name": self.folder.name,
+            "enc_type": "small",
+            "enc_checkpoint": self.benchmark.network_file(ENCODER),
+            "max_train_steps": steps[-1],
+            "checkpointing_steps": steps[0],
+            "sampling_steps": 0,
+            "eval_samples": 0,
+        }
+        if self.benchmark.training_data is not None:
+            options["data_dir"] = self.benchmark.training_data
+        words = [word for key, value in options.items() for word in _flag(key, value)]
+        return [*words, "--resume"]
+
+    def options(self) -> tuple[TrainOptions, VRPOConfig]:
+        """The same, parsed."""
+        return parse_options(self.arguments())
+
+    def train(self, launch: str = "") -> None:
+        """Trains, or goes on, under ``accelerate launch``; what it prints goes to a file beside the run's folder."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+        launcher += shlex.split(launch) or ["--num_processes", "1"]
+        with self.folder.with_suffix(".log").open("w", encoding="utf-8") as log:
+            subprocess.run([*launcher, str(SCRIPT), *self.arguments()], check=True, stdout=log, stderr=log)
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.folder / "checkpoints" / f"{step:07d}"
+
+    @property
+    def is_trained(self) -> bool:
+        """Its last checkpoint is there."""
+        return self._checkpoint(self.benchmark.recipe.evaluation.steps[-1]).is_dir()
+
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint of an evaluated step."""
+        found = self._checkpoint(step)
+        if not found.is_dir():
+            got = sorted(path.name for path in found.parent.glob("0*"))
+            do = "Choose evaluation steps that are multiples of the first one."
+            raise DataError(explain(str(found), expected="a checkpoint", got=got, do=do))
+        return found
+
+    @property
+    def record_file(self) -> Path:
+        """Where the evaluation is kept."""
+        return self.folder / "convergence.json"
+
+    def record(self) -> dict[str, Any]:
+        """What was evaluated so far: ``{"method", "seed", "points": [...]}``."""
+        if self.record_file.exists():
+            return json.loads(self.record_file.read_text(encoding="utf-8"))
+        return {"method": self.method, "seed": self.seed, "points": []}
+
+    def trained_steps(self) -> int:
+        """Steps that the log holds, for the progress bar."""
+        log = self.folder / "metrics.jsonl"
+        return sum(1 for _ in log.open("rb")) if log.exists() else 0
+
+
+def _flag(key: str, value: Any) -> list[str]:
+    """One option, as the example's command line takes it."""
+    name = "--" + key.replace("_", "-")
+    if isinstance(value, bool):
+        return [name if value else "--no-" + key.replace("_", "-")]
+    if isinstance(value, Mapping):
+        return [name, ",".join(f"{k}={v}" for k, v in value.items())]
+    if isinstance(value, (list, tuple)):
+        return [name, ",".join(map(str, value))]
+    return [name, str(value)]

@@ -1,0 +1,105 @@
+"""What a convergence benchmark compares: data, training, judges and methods, read from a YAML recipe."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vrpo_plugin.config import check_keys
+from vrpo_plugin.errors import ConfigError, explain
+
+JUDGES = ("classes", "rotation", "denoising")  # the first one decides the ratios
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkRecipe:
+    """Sizes of the small networks; ``encoder`` is the aligned one, the others judge."""
+
+    encoder: Mapping[str, Any] = field(default_factory=dict)
+    judges: Mapping[str, Any] = field(default_factory=dict)
+    images: int = 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecipe:
+    """When and how samples are judged.
+
+    Attributes:
+        steps: training steps at which they are; the last one is the end of the run.
+        samples: how many.
+        reference: real images, at most.
+        solver: and ``solver_steps``, of the sampler.
+        guidance: scales that are tried at the last step, besides 1.
+        held_out: validation images of the denoising loss and of the held-out reward.
+        precision: of the sampler's forward passes, ``no`` or ``bf16``.
+    """
+
+    steps: tuple[int, ...]
+    samples: int = 2000
+    reference: int = 10_000
+    solver: str = "euler"
+    solver_steps: int = 25
+    guidance: tuple[float, ...] = ()
+    held_out: int = 512
+    precision: str = "no"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One benchmark.
+
+    Attributes:
+        name: of its results.
+        resolution: side in pixels.
+        training: options of ``examples/train_repa_vrpo.py`` that all methods share.
+        networks, evaluation: see there.
+        methods: name to the options that make the method.
+        baseline: the method that the others are compared with.
+        candidate: the method that the summary is about.
+        seeds: of the runs.
+    """
+
+    name: str
+    resolution: int
+    training: Mapping[str, Any]
+    evaluation: EvaluationRecipe
+    methods: Mapping[str, Mapping[str, Any]]
+    baseline: str
+    candidate: str
+    seeds: tuple[int, ...] = (0, 1, 2)
+    networks: NetworkRecipe = field(default_factory=NetworkRecipe)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Reads a recipe.
+
+    Raises:
+        ConfigError: the file is missing, a key is unknown or missing, or the baseline is no method.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(explain(str(path), expected="a YAML recipe", got=error, do="Check the path.")) from error
+    values = _build(Recipe, content, str(path))
+    values["evaluation"] = EvaluationRecipe(**_build(EvaluationRecipe, values["evaluation"], f"{path}: evaluation"))
+    values["networks"] = NetworkRecipe(**_build(NetworkRecipe, values.get("networks") or {}, f"{path}: networks"))
+    recipe = Recipe(**values)
+    for key in ("baseline", "candidate"):
+        check_keys([getattr(recipe, key)], recipe.methods, subject=f"{path}: {key}, a method's")
+    return recipe
+
+
+def _build(kind: type, content: Any, subject: str) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise ConfigError(explain(subject, expected="key: value lines", got=repr(content), do="Correct it."))
+    check_keys(content, (f.name for f in fields(kind)), subject=subject)
+    missing = [f.name for f in fields(kind) if f.default is f.default_factory is MISSING and f.name not in content]
+    if missing:
+        raise ConfigError(explain(subject, expected=", ".join(missing), got="nothing", do="Add it."))
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
