@@ -1,5 +1,6 @@
 """Ratios, table and plots of a convergence benchmark, from its records alone."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,7 +34,7 @@ def steps_to(points: Sequence[tuple[int, float]], distance: float) -> float | No
     """
     if points[0][1] <= distance:
         return float(points[0][0])
-    for (step, before), (next_step, after) in zip(points, points[1:], strict=False):
+    for (step, before), (next_step, after) in itertools.pairwise(points):
         if after <= distance:
             share = math.log(before / distance) / math.log(before / after)
             return step + share * (next_step - step)
@@ -42,7 +43,7 @@ def steps_to(points: Sequence[tuple[int, float]], distance: float) -> float | No
 
 def distance_at(points: Sequence[tuple[int, float]], step: float) -> float | None:
     """Distance of a curve at a step between its points, linear in log distance; None outside of them."""
-    for (before_step, before), (after_step, after) in zip(points, points[1:], strict=False):
+    for (before_step, before), (after_step, after) in itertools.pairwise(points):
         if before_step <= step <= after_step:
             share = (step - before_step) / (after_step - before_step)
             return math.exp((1 - share) * math.log(before) + share * math.log(after))

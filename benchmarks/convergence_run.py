@@ -83,12 +83,12 @@ class Judge:
         neighbourhoods = precision_recall(real[: len(generated)], generated)
         return {"fd": distance, "precision": neighbourhoods.precision, "recall": neighbourhoods.recall}
 
-    def _noisy(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """(x0, x_t, target, t) of the held-out images at each of the times, with the same noise on every call."""
+    def _noisy(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(x_t, target, t) of the held-out images at each of the times, with the same noise on every call."""
         x0 = self.held_out.float() / 127.5 - 1
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(SAMPLING_SEED)).to(x0)
         times = [torch.full((len(x0),), t, device=x0.device) for t in TIMES]
-        return [(x0, *noisy_sample(x0, noise, t, self.config.path_type), t) for t in times]
+        return [(*noisy_sample(x0, noise, t, self.config.path_type), t) for t in times]
 
     @torch.no_grad()
     def _validate(self, model: torch.nn.Module) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class Judge:
         losses, rewards = [], []
         judges = [self.networks[name] for name in JUDGES]
         clean = [judge.tokens(self.held_out) for judge in judges]
-        for x0, x_t, target, t in self._noisy():
+        for x_t, target, t in self._noisy():
             velocity = model(x_t, t, null).float()
             losses.append((velocity - target).square().mean().item())
             seen = _pixels(clean_estimate(x_t, velocity, t, self.config.path_type))
@@ -120,7 +120,7 @@ class Judge:
         model.eval()
         null = torch.full((len(self.held_out),), self.source.num_classes, device=self.device)
         z, rewards, encoded = self.encoder.tokens(self.held_out), [], []
-        for _, x_t, _, t in self._noisy():
+        for x_t, _, t in self._noisy():
             x0_hat = clean_estimate(x_t, model(x_t, t, null).float(), t, self.config.path_type)
             tokens = critic(x0_hat).tokens[0]
             rewards.append(F.cosine_similarity(tokens, z, dim=-1).mean().item())
