@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
 from train_options import TrainOptions, parse_options  # noqa: E402
+from train_repa_vrpo import main as train_example  # noqa: E402
 
 from vrpo_plugin import VRPOConfig  # noqa: E402
 from vrpo_plugin.errors import DataError, explain  # noqa: E402
@@ -131,12 +133,19 @@ class Run:
         return parse_options(self.arguments())
 
     def train(self, launch: str = "") -> None:
-        """Trains, or goes on, under ``accelerate launch``; what it prints goes to a file beside the run's folder."""
+        """Trains, or goes on; what the example prints goes to a file beside the run's folder.
+
+        Args:
+            launch: options of ``accelerate launch``; without them the example runs in this process.
+        """
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-        launcher += shlex.split(launch) or ["--num_processes", "1"]
-        with self.folder.with_suffix(".log").open("w", encoding="utf-8") as log:
-            subprocess.run([*launcher, str(SCRIPT), *self.arguments()], check=True, stdout=log, stderr=log)
+        with self.folder.with_suffix(".log").open("a", encoding="utf-8") as log:
+            if launch:
+                command = [sys.executable, "-m", "accelerate.commands.launch", *shlex.split(launch), str(SCRIPT)]
+                subprocess.run([*command, *self.arguments()], check=True, stdout=log, stderr=log)
+                return
+            with redirect_stdout(log), redirect_stderr(log):
+                train_example(self.arguments())
 
     def _checkpoint(self, step: int) -> Path:
         return self.folder / "checkpoints" / f"{step:07d}"

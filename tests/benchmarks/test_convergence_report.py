@@ -11,7 +11,7 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "benchmarks"))
 
-from convergence_report import (
+from convergence_report import (  # noqa: E402
     alarms,
     best_point,
     compare_runs,
@@ -65,12 +65,16 @@ def test_summary_is_the_candidates_and_comes_last() -> None:
     summary = summarize(RUNS, "repa", "vrpo", JUDGES, COSTS)
     assert summary["steps_ratio"] == summary["methods"]["vrpo"]["classes"]["steps_ratio"]
     last = ratio_lines(summary).splitlines()[-1]
-    assert last.startswith("vrpo against repa (classes): steps_ratio 2.33 ± 0.47, compute_ratio 1.87 ± 0.38, fd_ratio 0.38")
+    assert last.startswith(
+        "vrpo against repa (classes): steps_ratio 2.33 ± 0.47, compute_ratio 1.87 ± 0.38, fd_ratio 0.38"
+    )
     assert json.loads(json.dumps(summary)) == summary
 
 
 def test_table_of_the_stored_runs() -> None:
-    assert table(RUNS, JUDGES, COSTS) + "\n" == (Path(__file__).parent / "convergence_small.md").read_text(encoding="utf-8")
+    assert table(RUNS, JUDGES, COSTS) + "\n" == (Path(__file__).parent / "convergence_small.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_best_guidance_is_each_judges_own() -> None:

@@ -1,0 +1,94 @@
+"""The convergence benchmark from end to end on digits, as a user starts it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(REPO / "benchmarks"), str(REPO / "examples")]
+
+from convergence_parts import Benchmark, Run  # noqa: E402
+from convergence_recipe import read_recipe  # noqa: E402
+
+from vrpo_plugin.errors import ConfigError  # noqa: E402
+
+SMOKE = Path(__file__).with_name("smoke.yaml")
+
+
+def convergence(output: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    script = REPO / "benchmarks" / "convergence.py"
+    command = [sys.executable, str(script), "--recipe", str(SMOKE), "--output", str(output), "--jobs", "2", *options]
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
+    environment = {**variables, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(REPO)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def read(output: Path) -> dict[str, Any]:
+    return json.loads((output / "smoke.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_digits_from_end_to_end_and_again(tmp_path: Path) -> None:
+    first = convergence(tmp_path)
+    assert first.returncode == 0, first.stderr
+    result = read(tmp_path)
+    assert [(run["method"], run["seed"]) for run in result["runs"]] == [("repa", 0), ("vrpo", 0)]
+    for run in result["runs"]:
+        assert [(p["step"], p["guidance"]) for p in run["points"]] == [(4, 1.0), (8, 1.0), (8, 1.5)]
+        for point in run["points"]:
+            assert point["judges"].keys() == {"classes", "rotation", "denoising"}
+            assert all(judged["fd"] > 0 for judged in point["judges"].values())
+        assert ("trained_reward" in run["points"][0]) == (run["method"] == "vrpo")
+    assert result["costs"]["repa"]["critic_share"] == 0 < result["costs"]["vrpo"]["critic_share"] < 1
+    names = [network["name"] for network in result["protocol"]["networks"].values()]
+    assert len({*names}) == 4
+    for ratio in ("steps_ratio", "compute_ratio", "fd_ratio", "fd_ratio_best_guidance"):
+        assert result["summary"][ratio].keys() == {"mean", "spread", "values"}
+    assert first.stdout.splitlines()[-1].startswith("vrpo against repa (classes): ")
+    assert (tmp_path / "smoke.png").stat().st_size > 10_000
+
+    # What is there is only read; a point that is missing is judged again, and comes out the same.
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors")}
+    record = tmp_path / "runs" / "vrpo-seed0" / "convergence.json"
+    cut = json.loads(record.read_text(encoding="utf-8"))
+    del cut["points"][1]
+    record.write_text(json.dumps(cut), encoding="utf-8")
+    again = convergence(tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors")} == kept
+    points = {run["method"]: sorted(map(json.dumps, run["points"])) for run in read(tmp_path)["runs"]}
+    assert points == {run["method"]: sorted(map(json.dumps, run["points"])) for run in result["runs"]}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("baseline: repa", "baseline: rpea", "got 'rpea'. Did you mean 'repa'?"),
+        ("solver_steps: 3", "solver_step: 3", "got 'solver_step'. Did you mean 'solver_steps'?"),
+        ("evaluation: {steps: [4, 8], ", "evaluation: {", "expected steps, got nothing"),
+        ("methods:", "methods: [", "expected a YAML recipe"),
+    ],
+)
+def test_a_wrong_recipe_is_refused(old: str, new: str, said: str, tmp_path: Path) -> None:
+    recipe, text = tmp_path / "recipe.yaml", SMOKE.read_text(encoding="utf-8")
+    assert old in text
+    recipe.write_text(text.replace(old, new), encoding="utf-8")
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        read_recipe(recipe)
+
+
+def test_shipped_recipes_are_read_and_name_options_that_exist(tmp_path: Path) -> None:
+    recipes = sorted((REPO / "benchmarks" / "recipes").glob("*.yaml"))
+    assert len(recipes) >= 3
+    for path in recipes:
+        benchmark = Benchmark(read_recipe(path), None, tmp_path)
+        for method in benchmark.recipe.methods:
+            options, config = Run(benchmark, method, 0).options()
+            assert options.max_train_steps == benchmark.recipe.evaluation.steps[-1]
+            assert (config.reward_coeff > 0) == (options.method == "vrpo")
