@@ -197,6 +197,7 @@ def ddp_runs(rank: int, world_size: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     first, second = on_two_processes(ddp_runs, tmp_path)
     for name in ("repa", "reg"):
