@@ -23,7 +23,7 @@ MAY: dict[str, set[str]] = {
     "perceptual": {"functional", "errors", "torch", "einops"},
     "encoders": {"functional", "errors", "torch", "einops"},
     "reference": {"functional", "errors", "config", "torch", "timm", "einops", "numpy", "safetensors"},
-    "evaluation": {"errors", "functional", "encoders", "scipy", "torch", "numpy", "einops", "safetensors"},
+    "evaluation": {"errors", "config", "functional", "encoders", "scipy", "torch", "numpy", "einops", "safetensors"},
     "patching": {"errors"},
     "targets": {"errors", "encoders", "reference", "evaluation", "torch"},
 }
