@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from convergence_parts import ENCODER, Benchmark, Run
+from critic_flops import count_macs
 from torch import Tensor
 from torch.utils.data import default_collate
-from torch.utils.flop_counter import FlopCounterMode
 from train_parts import TrainingStep, aligner_of, build_model, build_optimizer
 
 from vrpo_plugin.reference.data import TrainingSamples
@@ -50,10 +50,9 @@ class Stepper:
 
     def mmacs(self) -> float:
         """Millions of multiply-accumulates per sample, forward and backward, the encoder's included."""
-        with FlopCounterMode(display=False) as counter:
-            self.loss().backward()
+        gmacs = count_macs(lambda: self.loss().backward())
         self.optimizer.zero_grad(set_to_none=True)
-        return counter.get_total_flops() / 2e6 / self.options.batch_size
+        return 1e3 * gmacs / self.options.batch_size
 
     def critic_mmacs(self) -> float:
         """What of them the generation readout takes: the difference to a step without its rewards."""

@@ -61,9 +61,6 @@ def point(file: str, name: str, parameters: str, fingerprints: Mapping[str, str]
     return SourcePoint(file, name, tuple(parameters.split()), fingerprints)
 
 
-insertion = Insertion
-
-
 def apply_line(name: str) -> str:
     """The one line for a host's script."""
     return f"import vrpo_plugin; vrpo_plugin.apply_vrpo_to_{name}()  # vrpo-plugin"

@@ -4,7 +4,7 @@ Facts: facebookresearch/DiT@ed81ce2. Whole-number steps, 0 next to the data; the
 second half of its channels a variance.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from vrpo_plugin.hosts.base import HostSpec, apply_line, point
 from vrpo_plugin.hosts.pixels import pixel_seam, tokens_from_pixels
 from vrpo_plugin.hosts.session import Session
 from vrpo_plugin.hosts.transport import write_terms
-from vrpo_plugin.patching.handle import Seam
 from vrpo_plugin.patching.source import Insertion
 
 
@@ -57,10 +56,6 @@ def _prediction(diffusion: Any) -> str:
         do = "Use create_diffusion's defaults, or predict_xstart=True."
         raise ConfigError(explain("model_mean_type", expected="EPSILON or START_X", got=name.upper(), do=do))
     return name
-
-
-def _dit_seams(session: Session) -> Sequence[Seam]:
-    return pixel_seam(session)
 
 
 DIT = HostSpec(
@@ -106,6 +101,6 @@ DIT = HostSpec(
     read=read_diffusion,
     convert=convert_diffusion,
     write=write_terms,
-    seams=_dit_seams,
+    seams=pixel_seam,
     shims=(compat.RESUME, compat.FRESH_OPTIMIZER),
 )

@@ -119,7 +119,7 @@ def tokens_from_pixels(session: Session, x0: Tensor) -> tuple[Tensor, ...]:
         return session.targets.encoders(pixels)
 
 
-def tokens_from_critic(session: Session, model: Any, x0: Tensor) -> tuple[Tensor, ...]:
+def tokens_from_critic(model: Any, x0: Tensor) -> tuple[Tensor, ...]:
     """What a frozen critic, trained beforehand, says that the encoder sees in clean latents."""
     inner = getattr(model, "module", model)  # DDP, once or twice
     inner = getattr(inner, "module", inner)

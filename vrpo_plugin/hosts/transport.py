@@ -26,22 +26,18 @@ from vrpo_plugin.patching.source import Insertion
 
 def read_transport(session: Session, transport: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Latents and labels of ``training_losses``; the encoder's tokens are ours to make."""
-    x0 = arguments["x1"]
-    return {
-        "x0": x0,
-        "z": tokens_from_pixels(session, x0),
-        "y": (arguments["model_kwargs"] or {}).get("y"),
-        "prediction": transport.model_type.name.lower(),
-        "path": transport.path_sampler,
-    }
+    return _inputs(transport, arguments, tokens_from_pixels(session, arguments["x1"]))
 
 
 def read_lightningdit(session: Session, transport: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """As SiT's, but no pixels are at hand: a critic trained beforehand says what the encoder sees in a latent."""
-    x0 = arguments["x1"]
+    return _inputs(transport, arguments, tokens_from_critic(arguments["model"], arguments["x1"]))
+
+
+def _inputs(transport: Any, arguments: dict[str, Any], z: tuple[Tensor, ...]) -> dict[str, Any]:
     return {
-        "x0": x0,
-        "z": tokens_from_critic(session, arguments["model"], x0),
+        "x0": arguments["x1"],
+        "z": z,
         "y": (arguments["model_kwargs"] or {}).get("y"),
         "prediction": transport.model_type.name.lower(),
         "path": transport.path_sampler,
