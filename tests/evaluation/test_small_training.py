@@ -28,6 +28,13 @@ def test_noise_is_taken_away(images):
     assert network(images[:4]).shape == (4, 32)
 
 
+def test_noise_that_no_neighbour_tells_from_the_pixels_stays():
+    images = torch.randint(0, 256, (2000, 1, 8, 8), dtype=torch.uint8)
+    network = train_denoising_features(images, seed=0, width=16, steps=150)
+    # The best linear guess of a pixel explains 1/3 / (1/3 + deviation^2) of its variance: 0.56 on average.
+    assert 0.3 < network.accuracy < 0.7
+
+
 @pytest.mark.parametrize("train", TASKS)
 def test_same_seed_same_network_without_a_global_draw(train, images, tmp_path):
     state = torch.get_rng_state()
