@@ -139,7 +139,7 @@ class Run:
             launch: options of ``accelerate launch``; without them the example runs in this process.
         """
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        with self.folder.with_suffix(".log").open("a", encoding="utf-8") as log:
+        with (self.folder.parent / f"{self.folder.name}.log").open("a", encoding="utf-8") as log:
             if launch:
                 command = [sys.executable, "-m", "accelerate.commands.launch", *shlex.split(launch), str(SCRIPT)]
                 subprocess.run([*command, *self.arguments()], check=True, stdout=log, stderr=log)

@@ -80,7 +80,7 @@ class Judge:
         real = self.real[name]
         distance = frechet_distance(FeatureStatistics.from_features(real), FeatureStatistics.from_features(generated))
         # As many real images as generated ones: both sides have neighbourhoods of one size.
-        neighbourhoods = precision_recall(real[: len(generated)], generated)
+        neighbourhoods = precision_recall(evenly_spaced(real, len(generated)), generated)
         return {"fd": distance, "precision": neighbourhoods.precision, "recall": neighbourhoods.recall}
 
     def _noisy(self) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -126,6 +126,12 @@ class Judge:
             rewards.append(F.cosine_similarity(tokens, z, dim=-1).mean().item())
             encoded.append(_agreement(self.encoder, _pixels(x0_hat), z))
         return {"trained_reward": statistics.mean(rewards), "encoder_reward": statistics.mean(encoded)}
+
+
+def evenly_spaced(rows: Tensor, count: int) -> Tensor:
+    """At most ``count`` rows over the whole length: images come class by class, the first ones are of one class."""
+    count = min(count, len(rows))
+    return rows[torch.arange(count) * len(rows) // count]
 
 
 def _pixels(x: Tensor) -> Tensor:

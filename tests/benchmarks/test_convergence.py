@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPO / "benchmarks"), str(REPO / "examples")]
 
 from convergence_parts import Benchmark, Run  # noqa: E402
 from convergence_recipe import read_recipe  # noqa: E402
+from convergence_run import evenly_spaced  # noqa: E402
 
 from vrpo_plugin.errors import ConfigError  # noqa: E402
 
@@ -64,6 +66,12 @@ def test_digits_from_end_to_end_and_again(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors")} == kept
     points = {run["method"]: sorted(map(json.dumps, run["points"])) for run in read(tmp_path)["runs"]}
     assert points == {run["method"]: sorted(map(json.dumps, run["points"])) for run in result["runs"]}
+
+
+def test_the_real_images_of_precision_and_recall_are_of_all_classes() -> None:
+    labels = torch.arange(10).repeat_interleave(100)
+    assert torch.equal(evenly_spaced(labels, 50).bincount(), torch.full((10,), 5))
+    assert torch.equal(evenly_spaced(labels, 2000), labels)
 
 
 @pytest.mark.parametrize(
