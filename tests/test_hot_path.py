@@ -116,7 +116,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def step(model: nn.Module, aligner: VRPOAligner, optimizer: torch.optim.Optimizer, batch: Batch) -> VRPOOutput:
+def step(
+    model: nn.Module,
+    aligner: VRPOAligner,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    generator: torch.Generator | None = None,
+) -> VRPOOutput:
     velocity = model(batch.x_t, batch.t, batch.y)
     out = aligner(
         batch.z,
@@ -125,7 +131,7 @@ def step(model: nn.Module, aligner: VRPOAligner, optimizer: torch.optim.Optimize
         t=batch.t,
         velocity=velocity,
         y=batch.y,
-        generator=torch.Generator().manual_seed(0),
+        generator=generator or torch.Generator().manual_seed(0),
     )
     (denoising_loss(velocity, batch) + out.loss).backward()
     optimizer.step()
@@ -148,6 +154,27 @@ def test_a_step_waits_for_nothing(setting: str) -> None:
         with NoHostSync(is_step_counter):
             out = step(model, aligner, optimizer, batch)
         assert torch.isfinite(out.loss)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_step_on_a_gpu_waits_for_nothing(setting: str, precision: torch.dtype) -> None:
+    model = TinySiT()
+    aligner = tiny_aligner(**SETTINGS[setting]).attach(model)
+    model.cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    batch = make_batch(16, dims=aligner.target_dims).to("cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    for call in range(4):
+        torch.cuda.set_sync_debug_mode("error" if call else "default")  # the first call loads kernels
+        try:
+            with torch.autocast("cuda", precision, enabled=precision != torch.float32):
+                out = step(model, aligner, optimizer, batch, generator)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert out.loss.is_cuda and torch.isfinite(out.loss)
 
 
 WAITS: dict[str, Callable[[Tensor], object]] = {
