@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import queue
 import subprocess
 import sys
 import threading
@@ -55,7 +56,10 @@ def run_all(runs: Sequence[Run], arguments: argparse.Namespace) -> None:
     jobs = arguments.jobs or (torch.cuda.device_count() or os.cpu_count() or 1)
     jobs = max(1, min(jobs, len(runs)))
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)}
+    shared = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)}
+    places: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+    for place in gpu_of_each_job(jobs, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")):
+        places.put({} if arguments.launch else place)
     stop = threading.Event()
     steps = runs[0].benchmark.recipe.evaluation.steps[-1]
 
@@ -65,7 +69,11 @@ def run_all(runs: Sequence[Run], arguments: argparse.Namespace) -> None:
         command += ["--data", str(arguments.data)] if arguments.data else []
         if stop.is_set():
             return run
-        subprocess.run(command, check=True, env=environment)
+        place = places.get()
+        try:
+            subprocess.run(command, check=True, env={**shared, **place})
+        finally:
+            places.put(place)
         return run
 
     bar = tqdm(total=steps * len(runs), unit="step")
@@ -82,6 +90,12 @@ def run_all(runs: Sequence[Run], arguments: argparse.Namespace) -> None:
             stop.set()
             raise
     bar.close()
+
+
+def gpu_of_each_job(jobs: int, gpus: int, visible: str | None) -> list[dict[str, str]]:
+    """The variable that gives each job side by side a GPU, in turn; nothing without GPUs."""
+    names = visible.split(",")[:gpus] if visible else [str(i) for i in range(gpus)]
+    return [{"CUDA_VISIBLE_DEVICES": names[i % gpus]} if gpus else {} for i in range(jobs)]
 
 
 def protocol_of(benchmark: Benchmark, accuracy: dict[str, float]) -> dict[str, Any]:
@@ -109,13 +123,14 @@ def main() -> None:
     unknown = sorted(set(methods) - set(recipe.methods))
     if unknown:
         sys.exit(f"--methods: expected some of {', '.join(recipe.methods)}; got {', '.join(unknown)}. Correct it.")
-    accuracy = benchmark.train_networks()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    accuracy = benchmark.train_networks(device)
     # Seed by seed: after the first one there is a table.
     runs = [Run(benchmark, method, seed) for seed in seeds for method in methods]
     if not arguments.report_only:
         run_all(runs, arguments)
     records = [record for run in runs if (record := run.record())["points"]]
-    costs = _costs(benchmark, methods)
+    costs = _costs(benchmark, methods, device)
     summary = summarize(records, recipe.baseline, recipe.candidate, JUDGES, costs)
     result = {"protocol": protocol_of(benchmark, accuracy), "costs": costs, "runs": records, "summary": summary}
     write_text_atomic(arguments.output / f"{recipe.name}.json", json.dumps(result, indent=1) + "\n")
@@ -126,12 +141,11 @@ def main() -> None:
     print(ratio_lines(summary))
 
 
-def _costs(benchmark: Benchmark, methods: list[str]) -> dict[str, dict[str, Any]]:
+def _costs(benchmark: Benchmark, methods: list[str], device: torch.device) -> dict[str, dict[str, Any]]:
     """Measured once per set of methods, and kept."""
     file = benchmark.output / "costs.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if set(methods) - set(known):
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         known = measure_costs(benchmark, list(dict.fromkeys([*known, *methods])), device)
         write_text_atomic(file, json.dumps(known, indent=1) + "\n")
     return {method: known[method] for method in methods}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from convergence_recipe import JUDGES, Recipe
 from torch import Tensor
 
@@ -73,8 +74,8 @@ class Benchmark:
         """A network that :meth:`train_networks` made."""
         return load_small_features(self.network_file(name))
 
-    def train_networks(self) -> dict[str, float]:
-        """Trains the encoder and the judges that are missing.
+    def train_networks(self, device: torch.device) -> dict[str, float]:
+        """Trains the encoder and the judges that are missing, on that device.
 
         Returns:
             Their accuracy on images held out, each in its own task.
@@ -85,7 +86,7 @@ class Benchmark:
             self.network_file(ENCODER).parent.mkdir(parents=True, exist_ok=True)
         for name in missing:
             settings = self.recipe.networks.encoder if name == ENCODER else self.recipe.networks.judges
-            network = TRAINERS[name](images, labels, **settings)
+            network = TRAINERS[name](images, labels, device=device, **settings)
             temporary = self.network_file(name).with_suffix(".tmp")
             network.save(temporary)
             temporary.replace(self.network_file(name))

@@ -14,6 +14,7 @@ import torch
 REPO = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPO / "benchmarks"), str(REPO / "examples")]
 
+from convergence import gpu_of_each_job  # noqa: E402
 from convergence_parts import Benchmark, Run  # noqa: E402
 from convergence_recipe import read_recipe  # noqa: E402
 from convergence_run import evenly_spaced  # noqa: E402
@@ -72,6 +73,12 @@ def test_the_real_images_of_precision_and_recall_are_of_all_classes() -> None:
     labels = torch.arange(10).repeat_interleave(100)
     assert torch.equal(evenly_spaced(labels, 50).bincount(), torch.full((10,), 5))
     assert torch.equal(evenly_spaced(labels, 2000), labels)
+
+
+def test_jobs_side_by_side_get_a_gpu_each() -> None:
+    assert gpu_of_each_job(2, 0, None) == [{}, {}]
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in gpu_of_each_job(3, 2, None)] == ["0", "1", "0"]
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in gpu_of_each_job(2, 2, "4,GPU-9")] == ["4", "GPU-9"]
 
 
 @pytest.mark.parametrize(
