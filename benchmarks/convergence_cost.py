@@ -1,8 +1,10 @@
 """What a training step of each method costs: multiply-accumulates, and time in one run."""
 
+import copy
 import statistics
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from train_parts import TrainingStep, aligner_of, build_model, build_optimizer
 
+from vrpo_plugin.functional.rewards import semantic_reward
 from vrpo_plugin.reference.data import TrainingSamples
 from vrpo_plugin.targets import Targets
 
@@ -26,6 +29,7 @@ class Stepper:
         source, encoder = run.benchmark.source(), run.benchmark.network(ENCODER).to(device)
         self.encode = lambda images: (encoder.tokens(images),)
         targets = Targets((encoder.token_dim,), encoder.grid, self.encode)
+        self.critic_checkpoint = config.critic_checkpoint
         self.aligned = config.features == "policy" or config.reward_coeff > 0
         self.model = build_model(self.options, config, source, targets if self.aligned else None).to(device)
         self.step_module = TrainingStep(self.model, config.path_type).train()
@@ -67,7 +71,11 @@ class Stepper:
 
 
 def measure_costs(benchmark: Benchmark, methods: Sequence[str], device: torch.device) -> dict[str, dict[str, Any]]:
-    """Per method: ``mmacs`` per sample and step, the critic's ``share`` of them, and ``seconds`` per step.
+    """What a step of each method costs.
+
+    Returns:
+        Per method ``mmacs`` per sample, the ``critic_share`` of them, ``critic_steps``, the training of its critic
+        beforehand in steps of this method, and ``seconds`` per step.
 
     Blocks of steps of all methods alternate, so that a slow moment of the machine hits them alike.
     """
@@ -84,9 +92,26 @@ def measure_costs(benchmark: Benchmark, methods: Sequence[str], device: torch.de
     costs = {}
     for method, stepper in steppers.items():
         mmacs = stepper.mmacs()
-        share = stepper.critic_mmacs() / mmacs
-        costs[method] = {"mmacs": mmacs, "critic_share": share, "seconds": statistics.median(seconds[method][1:])}
+        costs[method] = {
+            "mmacs": mmacs,
+            "critic_share": stepper.critic_mmacs() / mmacs,
+            "critic_steps": _critic_training_mmacs(benchmark, stepper) / (mmacs * stepper.options.batch_size),
+            "seconds": statistics.median(seconds[method][1:]),
+        }
     return costs
+
+
+def _critic_training_mmacs(benchmark: Benchmark, stepper: Stepper) -> float:
+    """Of the whole training of the critic beforehand, the encoder's passes included; 0 where there is none."""
+    aligner = aligner_of(stepper.model)
+    if stepper.critic_checkpoint is None or aligner is None or aligner.critic is None:
+        return 0.0
+    training = benchmark.critic_training(Path(stepper.critic_checkpoint).stem)
+    critic, batch = copy.deepcopy(aligner.critic).requires_grad_(True), stepper.batch
+    gmacs = count_macs(
+        lambda: semantic_reward(critic(batch["x0"]).tokens, stepper.encode(batch["image"])).sum().backward()
+    )
+    return 1e3 * gmacs / len(batch["x0"]) * training.batch_size * training.steps
 
 
 def _wait(device: torch.device) -> None:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from train_options import TrainOptions, parse_options  # noqa: E402
 from train_repa_vrpo import main as train_example  # noqa: E402
 
 from vrpo_plugin import VRPOConfig  # noqa: E402
+from vrpo_plugin.config import check_keys  # noqa: E402
 from vrpo_plugin.errors import DataError, explain  # noqa: E402
 from vrpo_plugin.evaluation.small_network import SmallFeatureNetwork, load_small_features  # noqa: E402
 from vrpo_plugin.evaluation.small_training import (  # noqa: E402
@@ -28,6 +29,7 @@ from vrpo_plugin.evaluation.small_training import (  # noqa: E402
     train_rotation_features,
     train_small_features,
 )
+from vrpo_plugin.pretrain import CriticTraining, train_critic  # noqa: E402
 from vrpo_plugin.reference.sources import Source, all_images, open_source  # noqa: E402
 
 SCRIPT = ROOT / "examples" / "train_repa_vrpo.py"
@@ -75,10 +77,10 @@ class Benchmark:
         return load_small_features(self.network_file(name))
 
     def train_networks(self, device: torch.device) -> dict[str, float]:
-        """Trains the encoder and the judges that are missing, on that device.
+        """Trains the encoder, the judges and the critics that are missing, on that device.
 
         Returns:
-            Their accuracy on images held out, each in its own task.
+            The accuracy of encoder and judges on images held out, each in its own task.
         """
         missing = [name for name in (ENCODER, *JUDGES) if not self.network_file(name).exists()]
         if missing:
@@ -90,7 +92,25 @@ class Benchmark:
             temporary = self.network_file(name).with_suffix(".tmp")
             network.save(temporary)
             temporary.replace(self.network_file(name))
+        for name in self.recipe.networks.critics:
+            if not self.network_file(name).exists():
+                train_critic(self.critic_training(name))
         return {name: self.network(name).accuracy for name in (ENCODER, *JUDGES)}
+
+    def critic_training(self, name: str) -> CriticTraining:
+        """How a critic of the recipe is trained."""
+        given: dict[str, Any] = {
+            "output": str(self.network_file(name)),
+            "data_dir": str(self.training_data) if self.training_data else None,
+            "resolution": self.recipe.resolution,
+            "enc_type": "small",
+            "enc_checkpoint": str(self.network_file(ENCODER)),
+            "num_workers": self.recipe.training.get("num_workers", 0),
+        }
+        settings = self.recipe.networks.critics[name]
+        own = {f.name for f in fields(CriticTraining)} - given.keys()
+        check_keys(settings, own, subject=f"recipe {self.recipe.name}: networks: critics: {name}")
+        return CriticTraining(**given, **settings)
 
 
 @dataclass(frozen=True)
@@ -126,6 +146,8 @@ class Run:
         }
         if self.benchmark.training_data is not None:
             options["data_dir"] = self.benchmark.training_data
+        if isinstance(critic := options.get("critic_checkpoint"), str):
+            options["critic_checkpoint"] = critic.replace("OUTPUT", str(self.benchmark.output), 1)
         words = [word for key, value in options.items() for word in _flag(key, value)]
         return [*words, "--resume"]
 

@@ -15,11 +15,20 @@ JUDGES = ("classes", "rotation", "denoising")  # the first one decides the ratio
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkRecipe:
-    """Sizes of the small networks; ``encoder`` is the aligned one, the others judge."""
+    """The networks that are trained before the runs.
+
+    Attributes:
+        encoder: width and steps of the aligned one.
+        judges: of the others.
+        images: that these are trained on, at most.
+        critics: name to settings of ``vrpo train-critic``. A method uses one by its file,
+            ``critic_checkpoint: OUTPUT/networks/NAME.safetensors``.
+    """
 
     encoder: Mapping[str, Any] = field(default_factory=dict)
     judges: Mapping[str, Any] = field(default_factory=dict)
     images: int = 20_000
+    critics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,12 +67,13 @@ def compare_runs(runs: Sequence[Record], method: str, baseline: str, judge: str,
 
     Returns:
         ``steps_ratio`` and ``compute_ratio``, the baseline's cost to its own final distance over the method's cost to
-        the same distance (above 1 is a win); ``fd_ratio``, ``fd_ratio_best_guidance`` and
-        ``fd_ratio_equal_compute``, the method's distance over the baseline's (below 1 is a win); ``fd_difference``,
-        paired. A value is None where the method never gets there, or its curve does not reach so far.
+        the same distance (above 1 is a win; in compute with the training of a critic beforehand); ``fd_ratio``,
+        ``fd_ratio_best_guidance`` and ``fd_ratio_equal_compute``, the method's distance over the baseline's (below 1
+        is a win); ``fd_difference``, paired. A value is None where the method never gets there, or its curve does
+        not reach so far.
     """
     of_method, of_baseline = _by_seed(runs, method), _by_seed(runs, baseline)
-    price = costs[method]["mmacs"] / costs[baseline]["mmacs"]
+    price, before = costs[method]["mmacs"] / costs[baseline]["mmacs"], costs[method]["critic_steps"]
     rows: dict[str, list[float | None]] = {
         name: []
         for name in (
@@ -89,9 +90,9 @@ def compare_runs(runs: Sequence[Record], method: str, baseline: str, judge: str,
         points = curve(ours, judge)
         end, final = curve(theirs, judge)[-1]
         reached, last = steps_to(points, final), points[-1][1]
-        affordable = distance_at(points, end / price)
+        affordable = distance_at(points, end / price - before)
         rows["steps_ratio"].append(None if reached is None else end / reached)
-        rows["compute_ratio"].append(None if reached is None else end / (reached * price))
+        rows["compute_ratio"].append(None if reached is None else end / ((reached + before) * price))
         rows["fd_ratio"].append(last / final)
         best = best_point(ours, judge)["judges"][judge]["fd"] / best_point(theirs, judge)["judges"][judge]["fd"]
         rows["fd_ratio_best_guidance"].append(best)
@@ -114,7 +115,7 @@ def summarize(
 
 def table(runs: Sequence[Record], judges: Sequence[str], costs: Mapping[str, Any]) -> str:
     """Markdown: one row per method, means over its seeds, distances with their standard deviation."""
-    head = ["method", "seeds", "MMAC", "critic", *(f"FD {judge}" for judge in judges)]
+    head = ["method", "seeds", "MMAC", "critic", "its training", *(f"FD {judge}" for judge in judges)]
     head += [f"best guidance, {judge}" for judge in judges]
     head += ["precision", "recall", "precision, guided", "recall, guided", "validation loss"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -122,6 +123,7 @@ def table(runs: Sequence[Record], judges: Sequence[str], costs: Mapping[str, Any
         own = [run for run in runs if run["method"] == method]
         ends = [last_point(run) for run in own]
         cells = [method, str(len(own)), f"{costs[method]['mmacs']:.0f}", f"{costs[method]['critic_share']:.1%}"]
+        cells.append(f"{costs[method]['critic_steps']:.0f}")
         cells += [_plus_minus(end["judges"][judge]["fd"] for end in ends) for judge in judges]
         for judge in judges:
             best = [best_point(run, judge) for run in own]
@@ -190,11 +192,11 @@ def plot(runs: Sequence[Record], judges: Sequence[str], costs: Mapping[str, Any]
             for method in dict.fromkeys(run["method"] for run in runs):
                 curves = [curve(run, judge) for run in runs if run["method"] == method]
                 steps = [step for step, _ in curves[0]]
-                scale = 1 if row == 0 else costs[method]["mmacs"] / 1e6
+                scale, before = (1, 0) if row == 0 else (costs[method]["mmacs"] / 1e6, costs[method]["critic_steps"])
                 by_step = [[dict(points)[step] for points in curves if step in dict(points)] for step in steps]
                 mean = [statistics.mean(values) for values in by_step]
                 spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in by_step]
-                x = [step * scale for step in steps]
+                x = [(step + before) * scale for step in steps]
                 (line,) = axis.plot(x, mean, marker="o", markersize=3, label=method)
                 low = [m - s for m, s in zip(mean, spread, strict=True)]
                 high = [m + s for m, s in zip(mean, spread, strict=True)]

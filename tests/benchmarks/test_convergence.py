@@ -49,6 +49,7 @@ def test_digits_from_end_to_end_and_again(tmp_path: Path) -> None:
             assert all(judged["fd"] > 0 for judged in point["judges"].values())
         assert ("trained_reward" in run["points"][0]) == (run["method"] == "vrpo")
     assert result["costs"]["repa"]["critic_share"] == 0 < result["costs"]["vrpo"]["critic_share"] < 1
+    assert result["costs"]["repa"]["critic_steps"] == 0 < result["costs"]["vrpo"]["critic_steps"] < 80
     names = [network["name"] for network in result["protocol"]["networks"].values()]
     assert len({*names}) == 4
     for ratio in ("steps_ratio", "compute_ratio", "fd_ratio", "fd_ratio_best_guidance"):

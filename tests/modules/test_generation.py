@@ -237,12 +237,32 @@ def test_a_frozen_critic_neither_learns_nor_counts(tmp_path: Path) -> None:
     assert all(p.grad is None for p in aligner.parameters())
 
 
+@pytest.mark.parametrize(
+    ("rewards", "trainable", "views"),
+    [(("semantic",), False, 1), (("semantic", "perceptual"), False, 2), (("semantic",), True, 2)],
+)
+def test_the_critic_looks_at_clean_latents_only_where_something_asks_for_it(
+    rewards: tuple[str, ...], trainable: bool, views: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "critic.safetensors"
+    save_critic(LatentCritic((4, 8, 8), (12,), (4, 4), width=16), path)
+    aligner = reward_aligner(built_in=rewards, critic_trainable=trainable, critic_checkpoint=str(path))
+    assert aligner.critic is not None
+    seen: list[Tensor] = []
+    aligner.critic.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    batch = make_batch(8)
+    out = generate(aligner, batch, velocity_like(batch))
+    assert len(seen) == views and sum(torch.equal(x, batch.x0) for x in seen) == views - 1
+    assert ("vrpo/critic_cos" in out.metrics) == (views == 2)
+    assert out.rewards.keys() == {*rewards, "fidelity"}
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_the_critic_builds_a_graph_only_where_it_learns(tmp_path: Path, frozen: bool) -> None:
     path = tmp_path / "critic.safetensors"
     save_critic(LatentCritic((4, 8, 8), (12,), (4, 4), width=16), path)
     aligner, batch = (
-        reward_aligner(built_in=("semantic",), critic_trainable=not frozen, critic_checkpoint=path),
+        reward_aligner(built_in=("semantic", "perceptual"), critic_trainable=not frozen, critic_checkpoint=path),
         make_batch(8),
     )
     assert aligner.critic is not None

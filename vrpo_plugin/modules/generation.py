@@ -137,9 +137,10 @@ class GenerationReadout(nn.Module):
     def _learn(self, state: RewardState, sound: Tensor) -> tuple[Tensor, CriticOutput | None, dict[str, Tensor]]:
         """The critic's regression on clean latents, the only place where its weights get a gradient."""
         zero = state.x0_hat.new_zeros((), dtype=torch.float32)
-        if self.critic is None:
-            return zero, None, {}
         trainable = self.config.critic_trainable
+        # A frozen critic's view of x0 is the other side of ``perceptual``; nothing else asks for it.
+        if self.critic is None or not (trainable or "perceptual" in self.config.rewards):
+            return zero, None, {}
         with torch.set_grad_enabled(torch.is_grad_enabled() and trainable):
             clean = self.critic(state.x0)
             cosine = masked_mean(semantic_reward(clean.tokens, state.z), sound)
@@ -148,12 +149,14 @@ class GenerationReadout(nn.Module):
     def _pathwise_rewards(self, state: RewardState, clean: CriticOutput | None) -> Tensor:
         """Differentiable rewards (K, B), marked as :func:`_marked` says."""
         built_in: dict[str, Tensor] = {}
-        if self.critic is not None and clean is not None:
+        if self.critic is not None:
             # Detached weights: the generator cannot teach its critic leniency.
             frozen = {name: p.detach() for name, p in self.critic.named_parameters()}
             seen = functional_call(self.critic, frozen, (state.x0_hat,))
             built_in["semantic"] = semantic_reward(seen.tokens, state.z)
-            built_in["perceptual"] = -feature_distance(seen.features, [f.detach() for f in clean.features])
+            if "perceptual" in self.config.rewards:
+                assert clean is not None
+                built_in["perceptual"] = -feature_distance(seen.features, [f.detach() for f in clean.features])
         if "fidelity" in self.pathwise_names:
             built_in["fidelity"] = fidelity_reward(state.x0_hat, state.x0)
         values = [built_in[name] for name in self.config.rewards]
