@@ -21,6 +21,8 @@ OTHER_VALUES: dict[str, Any] = {
     "release": "stop",
     "release_steps": 100,
     "reward_coeff": 0.0,
+    "reward_release": "linear",
+    "reward_release_steps": 10,
     "rewards": ("fidelity", "semantic"),
     "reward_weights": {"semantic": 2, "fidelity": 1.0},
     "variance_decay": 0,
@@ -119,6 +121,7 @@ def test_invalid_value_is_a_config_error_that_names_its_field(name: str, value: 
     [
         ({"release": "linear"}, "release_steps: expected >= 1 with release='linear', got 0"),
         ({"release": "stop"}, "release_steps: expected >= 1 with release='stop', got 0"),
+        ({"reward_release": "linear"}, "reward_release_steps: expected >= 1 with reward_release='linear', got 0"),
         ({"aggregation": "normalize_then_sum"}, "aggregation: expected sum_then_normalize with inverse-variance"),
         ({"critic_trainable": False}, "critic_checkpoint: expected a file .*got None.*vrpo train-critic"),
     ],

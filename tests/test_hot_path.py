@@ -110,6 +110,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "conv, spatial": {"projector": "conv", "target_norm": "spatial"},
     "cosine path": {"path_type": "cosine"},
     "linear release": {"release": "linear", "release_steps": 3},
+    "reward release": {"reward_release": "linear", "reward_release_steps": 3},
     "stop release": {"release": "stop", "release_steps": 2},
     "features alone": {"reward_coeff": 0.0},
     "generation alone": {"features": "none"},

@@ -46,6 +46,9 @@ class VRPOConfig:
             (HASTE: off from release_steps on).
         release_steps: in training steps, as ``forward(step=...)`` counts them, else in calls.
         reward_coeff: weight of the generation part; 0 makes no critic.
+        reward_release: schedule of the generation part, as ``release``: rewards speed training up and bend what is
+            sampled, so that letting go of them ends better than holding on.
+        reward_release_steps: as ``release_steps``; most often the length of the run.
         rewards: built-in rewards that are optimised on the generation readout. ``fidelity`` is measured always;
             naming it optimises it a second time, next to the denoising loss.
         reward_weights: ``inverse_variance``, or a mapping from reward to share (normalised to sum 1).
@@ -83,6 +86,8 @@ class VRPOConfig:
     release: Literal["none", "linear", "stop"] = "none"
     release_steps: int = 0
     reward_coeff: float = 0.8
+    reward_release: Literal["none", "linear", "stop"] = "none"
+    reward_release_steps: int = 0
     rewards: tuple[str, ...] = ("semantic", "perceptual")
     reward_weights: Literal["inverse_variance"] | tuple[tuple[str, float], ...] = "inverse_variance"
     variance_decay: float = 0.99
@@ -171,8 +176,10 @@ class VRPOConfig:
             self.layers and all(isinstance(i, int) and not isinstance(i, bool) and i >= 1 for i in self.layers)
         ):
             _fail("layers", '"early", "middle", "all" or block numbers from 1', self.layers)
-        if self.release != "none" and self.release_steps < 1:
-            _fail("release_steps", f">= 1 with release={self.release!r}", self.release_steps)
+        for name in ("release", "reward_release"):
+            schedule, steps = getattr(self, name), getattr(self, f"{name}_steps")
+            if schedule != "none" and steps < 1:
+                _fail(f"{name}_steps", f">= 1 with {name}={schedule!r}", steps)
         if self.reward_weights == "inverse_variance":
             if self.aggregation == "normalize_then_sum":
                 _fail("aggregation", "sum_then_normalize with inverse-variance weights", self.aggregation)

@@ -266,7 +266,7 @@ def test_without_a_reward_coefficient_there_is_no_critic(model: TinySiT) -> None
     assert set(out.metrics) == {"vrpo/align_cos", "vrpo/nonfinite"}
 
 
-# ---- the release of the features part ----
+# ---- releases ----
 
 RELEASES = {"none": [1, 1, 1, 1, 1, 1], "linear": [1, 0.75, 0.5, 0.25, 0, 0], "stop": [1, 1, 1, 1, 0, 0]}
 
@@ -282,6 +282,29 @@ def test_release(release: str, own_counter: bool) -> None:
         shares.append((out.policy_loss / (0.5 * out.features_loss)).item())
     assert shares == pytest.approx(RELEASES[release])
     assert aligner.step == 6
+
+
+@pytest.mark.parametrize("own_counter", [True, False])
+@pytest.mark.parametrize("release", RELEASES)
+def test_reward_release(release: str, own_counter: bool) -> None:
+    aligner = tiny_aligner(features="none", reward_release=release, reward_release_steps=4, reward_coeff=0.7)
+    batch = make_batch(8)
+    velocity = batch.velocity.requires_grad_()
+    gradients = []
+    for step in range(6):
+        # Fixed statistics: the gradient of every call differs by the schedule alone.
+        before = copy.deepcopy(aligner.generation.statistics.state_dict())
+        out = aligner(
+            batch.z, x0=batch.x0, x_t=batch.x_t, t=batch.t, velocity=velocity, step=None if own_counter else step
+        )
+        aligner.generation.statistics.load_state_dict(before)
+        assert float(out.reward_release) == pytest.approx(RELEASES[release][step])
+        gradients.append(torch.autograd.grad(out.loss, velocity, retain_graph=True)[0])
+        # The critic goes on learning.
+        torch.testing.assert_close(out.loss - out.policy_loss, 0.1 * out.critic_loss, rtol=1e-5, atol=1e-7)
+    for gradient, share in zip(gradients, RELEASES[release], strict=True):
+        torch.testing.assert_close(gradient, share * gradients[0], rtol=1e-5, atol=1e-9)
+    assert gradients[0].abs().sum() > 0
 
 
 def test_the_loops_own_step_goes_before_the_counter() -> None:

@@ -46,10 +46,11 @@ class VRPOOutput:
     Attributes:
         loss: scalar to add to the denoising loss: policy_loss + critic_coeff * critic_loss.
         policy_loss: scalar, all that reaches the generator:
-            proj_coeff * release * features_loss + reward_coeff * generation_loss.
+            proj_coeff * release * features_loss + reward_coeff * reward_release * generation_loss.
         features_loss: scalar, the negative reward of the features readout; REPA's projection loss.
         release: share of the features part that its schedule has left, in [0, 1].
         generation_loss: scalar, the policy loss of the generation readout.
+        reward_release: share of the generation part that its schedule has left, in [0, 1].
         critic_loss: scalar, 1 - mean cosine of the critic on clean latents.
         rewards: name to (B,), without gradient; NaN where a reward is not finite or did not score the sample.
         weights: name to (S,), the share of each optimised reward in each group.
@@ -62,6 +63,7 @@ class VRPOOutput:
     features_loss: Tensor
     release: Tensor | float
     generation_loss: Tensor
+    reward_release: Tensor | float
     critic_loss: Tensor
     rewards: dict[str, Tensor]
     weights: dict[str, Tensor]
@@ -318,11 +320,12 @@ class VRPOAligner(nn.Module):
                 x0_hat = clean_estimate(promote(x_t), promote(velocity), t, self.config.path_type)
             on_grid = tuple(_resample(target[:, self.prefix_tokens :], self.token_grid) for target in targets)
             generated = self.generation(RewardState(x0_hat, x0, x_t, t, on_grid, y, step), generator)
-        release = self._release(step)
+        release = self._left(self.config.release, self.config.release_steps, step)
+        reward_release = self._left(self.config.reward_release, self.config.reward_release_steps, step)
         policy_loss = self.config.proj_coeff * release * features_loss
         loss = policy_loss
         if generated is not None:
-            policy_loss = policy_loss + self.config.reward_coeff * generated.loss
+            policy_loss = policy_loss + self.config.reward_coeff * reward_release * generated.loss
             loss = policy_loss + self.config.critic_coeff * generated.critic_loss
         return VRPOOutput(
             loss=loss,
@@ -330,6 +333,7 @@ class VRPOAligner(nn.Module):
             features_loss=features_loss,
             release=release,
             generation_loss=generated.loss if generated else zero,
+            reward_release=reward_release,
             critic_loss=generated.critic_loss if generated else zero,
             rewards=rewards | (generated.rewards if generated else {}),
             weights=generated.weights if generated else {},
@@ -364,12 +368,12 @@ class VRPOAligner(nn.Module):
         prefix, grid = self.prefix_tokens, square_grid(z_tilde.shape[1] - self.prefix_tokens)
         return torch.cat([z[:, :prefix], _resample(z[:, prefix:], grid)], 1)
 
-    def _release(self, step: int | None) -> Tensor | float:
-        """Share of the features part that is left (equation 17); a tensor where the aligner counts itself."""
-        if self.config.release == "none":
+    def _left(self, schedule: str, steps: int, step: int | None) -> Tensor | float:
+        """Share that a schedule has left (equation 17); a tensor where the aligner counts itself."""
+        if schedule == "none":
             return 1.0
-        done = (self.step - 1 if step is None else step) / self.config.release_steps
-        if self.config.release == "linear":
+        done = (self.step - 1 if step is None else step) / steps
+        if schedule == "linear":
             return torch.clamp(1 - done, 0, 1) if isinstance(done, Tensor) else min(max(1 - done, 0.0), 1.0)
         return (done < 1).float() if isinstance(done, Tensor) else float(done < 1)
 
