@@ -31,7 +31,8 @@ def check_keys(keys: Iterable[str], known: Iterable[str], *, subject: str) -> No
 class VRPOConfig:
     """What the aligner optimises. docs/equations.md defines every symbol.
 
-    The defaults follow a small prototype that is not part of this repository; no benchmark here has tuned them.
+    docs/results.md says what was measured; where it is silent, the default follows a small prototype that is not part
+    of this repository.
 
     Attributes:
         features: who aligns the tokens of an early block: ``policy`` (this package, REPA's cosine as a reward),
