@@ -51,7 +51,7 @@ def run_all(runs: Sequence[Run], arguments: argparse.Namespace) -> None:
     """Trains and judges what is missing, several runs side by side.
 
     Raises:
-        RuntimeError: a run failed; the others were let finish. The message names its log.
+        subprocess.CalledProcessError: a run failed; those beside it were let finish. It has printed its error.
     """
     jobs = arguments.jobs or (torch.cuda.device_count() or os.cpu_count() or 1)
     jobs = max(1, min(jobs, len(runs)))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from convergence_recipe import JUDGES, Recipe
+from convergence_recipe import JUDGES, OUTPUT, Recipe
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,7 +147,7 @@ class Run:
         if self.benchmark.training_data is not None:
             options["data_dir"] = self.benchmark.training_data
         if isinstance(critic := options.get("critic_checkpoint"), str):
-            options["critic_checkpoint"] = critic.replace("OUTPUT", str(self.benchmark.output), 1)
+            options["critic_checkpoint"] = critic.replace(OUTPUT, str(self.benchmark.output), 1)
         words = [word for key, value in options.items() for word in _flag(key, value)]
         return [*words, "--resume"]
 

@@ -10,6 +10,7 @@ import yaml
 from vrpo_plugin.config import check_keys
 from vrpo_plugin.errors import ConfigError, explain
 
+OUTPUT = "OUTPUT"  # stands for the output folder in a method's critic_checkpoint
 JUDGES = ("classes", "rotation", "denoising")  # the first one decides the ratios
 
 
@@ -101,6 +102,11 @@ def read_recipe(path: Path) -> Recipe:
     recipe = Recipe(**values)
     for key in ("baseline", "candidate"):
         check_keys([getattr(recipe, key)], recipe.methods, subject=f"{path}: {key}, a method's")
+    # Another critic's training could not be counted.
+    critics = [f"{OUTPUT}/networks/{name}.safetensors" for name in recipe.networks.critics]
+    for name, options in recipe.methods.items():
+        given = options.get("critic_checkpoint")
+        check_keys([given] if given else [], critics, subject=f"{path}: {name}: critic_checkpoint, a critic's")
     return recipe
 
 

@@ -47,8 +47,7 @@ class VRPOConfig:
             (HASTE: off from release_steps on).
         release_steps: in training steps, as ``forward(step=...)`` counts them, else in calls.
         reward_coeff: weight of the generation part; 0 makes no critic.
-        reward_release: schedule of the generation part, as ``release``: rewards speed training up and bend what is
-            sampled, so that letting go of them ends better than holding on.
+        reward_release: schedule of the generation part, as ``release``; docs/results.md compares them.
         reward_release_steps: as ``release_steps``; most often the length of the run.
         rewards: built-in rewards that are optimised on the generation readout. ``fidelity`` is measured always;
             naming it optimises it a second time, next to the denoising loss.

@@ -89,6 +89,7 @@ def test_jobs_side_by_side_get_a_gpu_each() -> None:
         ("solver_steps: 3", "solver_step: 3", "got 'solver_step'. Did you mean 'solver_steps'?"),
         ("evaluation: {steps: [4, 8], ", "evaluation: {", "expected steps, got nothing"),
         ("methods:", "methods: [", "expected a YAML recipe"),
+        ("OUTPUT/networks/critic-16", "elsewhere/critic-16", "got 'elsewhere/critic-16.safetensors'. Did you mean"),
     ],
 )
 def test_a_wrong_recipe_is_refused(old: str, new: str, said: str, tmp_path: Path) -> None:
