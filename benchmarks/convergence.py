@@ -127,6 +127,8 @@ def main() -> None:
     accuracy = benchmark.train_networks(device)
     # Seed by seed: after the first one there is a table.
     runs = [Run(benchmark, method, seed) for seed in seeds for method in methods]
+    for run in runs:
+        run.check()
     if not arguments.report_only:
         run_all(runs, arguments)
     records = [record for run in runs if (record := run.record())["points"]]
@@ -142,11 +144,13 @@ def main() -> None:
 
 
 def _costs(benchmark: Benchmark, methods: list[str], device: torch.device) -> dict[str, dict[str, Any]]:
-    """Measured once per set of methods, and kept."""
+    """Measured once per set of methods and their settings, and kept."""
     file = benchmark.output / "costs.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    if set(methods) - set(known):
-        known = measure_costs(benchmark, list(dict.fromkeys([*known, *methods])), device)
+    settings = json.loads(json.dumps({m: Run(benchmark, m, 0).settings() for m in methods}))
+    if any(known.get(method, {}).get("settings") != settings[method] for method in methods):
+        costs = measure_costs(benchmark, methods, device)
+        known = {method: {**cost, "settings": settings[method]} for method, cost in costs.items()}
         write_text_atomic(file, json.dumps(known, indent=1) + "\n")
     return {method: known[method] for method in methods}
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from train_options import TrainOptions, parse_options  # noqa: E402
+from train_options import FREE_ON_RESUME, TrainOptions, parse_options, to_dict  # noqa: E402
 from train_repa_vrpo import main as train_example  # noqa: E402
 
 from vrpo_plugin import VRPOConfig  # noqa: E402
 from vrpo_plugin.config import check_keys  # noqa: E402
-from vrpo_plugin.errors import DataError, explain  # noqa: E402
+from vrpo_plugin.errors import ConfigError, DataError, explain  # noqa: E402
 from vrpo_plugin.evaluation.small_network import SmallFeatureNetwork, load_small_features  # noqa: E402
 from vrpo_plugin.evaluation.small_training import (  # noqa: E402
     train_denoising_features,
@@ -30,6 +30,7 @@ from vrpo_plugin.evaluation.small_training import (  # noqa: E402
     train_small_features,
 )
 from vrpo_plugin.pretrain import CriticTraining, train_critic  # noqa: E402
+from vrpo_plugin.reference.checkpoint import write_text_atomic  # noqa: E402
 from vrpo_plugin.reference.sources import Source, all_images, open_source  # noqa: E402
 
 SCRIPT = ROOT / "examples" / "train_repa_vrpo.py"
@@ -81,14 +82,17 @@ class Benchmark:
 
         Returns:
             The accuracy of encoder and judges on images held out, each in its own task.
+
+        Raises:
+            ConfigError: one is there that was trained with other settings.
         """
+        for name in (ENCODER, *JUDGES, *self.recipe.networks.critics):
+            self._claim_network(name)
         missing = [name for name in (ENCODER, *JUDGES) if not self.network_file(name).exists()]
         if missing:
             images, labels = all_images(self.source(), self.recipe.networks.images)
-            self.network_file(ENCODER).parent.mkdir(parents=True, exist_ok=True)
         for name in missing:
-            settings = self.recipe.networks.encoder if name == ENCODER else self.recipe.networks.judges
-            network = TRAINERS[name](images, labels, device=device, **settings)
+            network = TRAINERS[name](images, labels, device=device, **self._network_settings(name))
             temporary = self.network_file(name).with_suffix(".tmp")
             network.save(temporary)
             temporary.replace(self.network_file(name))
@@ -96,6 +100,26 @@ class Benchmark:
             if not self.network_file(name).exists():
                 train_critic(self.critic_training(name))
         return {name: self.network(name).accuracy for name in (ENCODER, *JUDGES)}
+
+    def _network_settings(self, name: str) -> Mapping[str, Any]:
+        networks = self.recipe.networks
+        if name in networks.critics:
+            return networks.critics[name]
+        return networks.encoder if name == ENCODER else networks.judges
+
+    def _claim_network(self, name: str) -> None:
+        """Writes down what a network is trained with, before it is; refuses one that was trained otherwise."""
+        settings: dict[str, Any] = {"settings": dict(self._network_settings(name))}
+        settings |= {"data": self.source().fingerprint(), "images": self.recipe.networks.images}
+        if name in self.recipe.networks.critics:
+            settings["encoder"] = dict(self.recipe.networks.encoder)
+        file = self.network_file(name).with_suffix(".json")
+        if self.network_file(name).exists():
+            former = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            refuse_other(self.network_file(name), former, settings, "Choose another --output.")
+        else:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomic(file, json.dumps(settings, indent=1) + "\n")
 
     def critic_training(self, name: str) -> CriticTraining:
         """How a critic of the recipe is trained."""
@@ -151,6 +175,33 @@ class Run:
         words = [word for key, value in options.items() for word in _flag(key, value)]
         return [*words, "--resume"]
 
+    def settings(self) -> dict[str, Any]:
+        """What of the recipe makes a step of this method, without the paths of a machine."""
+        recipe = self.benchmark.recipe
+        own = {"resolution": recipe.resolution, "networks": asdict(recipe.networks)}
+        return {**own, **recipe.training, **recipe.methods[self.method]}
+
+    def judging(self) -> dict[str, Any]:
+        """What a point of the record depends on, besides its step and guidance."""
+        evaluation = asdict(self.benchmark.recipe.evaluation)
+        judges = {name: self.benchmark.network(name).name for name in JUDGES}
+        return {key: value for key, value in evaluation.items() if key not in ("steps", "guidance")} | judges
+
+    def check(self) -> None:
+        """Refuses what an earlier recipe left under this name.
+
+        Raises:
+            ConfigError: the run was trained, or judged, with other settings.
+        """
+        recorded = self.folder / "config.json"
+        if recorded.exists():
+            now = to_dict(*self.options()) | {"data_fingerprint": self.benchmark.source().fingerprint()}
+            then = json.loads(recorded.read_text(encoding="utf-8"))["settings"]
+            refuse_other(self.folder, _trained(then), _trained(now), "Choose another --output.")
+        if self.record_file.exists():
+            do = "Delete this file to judge the run again, or choose another --output."
+            refuse_other(self.record_file, self.record().get("judging", {}), self.judging(), do)
+
     def options(self) -> tuple[TrainOptions, VRPOConfig]:
         """The same, parsed."""
         return parse_options(self.arguments())
@@ -193,15 +244,34 @@ class Run:
         return self.folder / "convergence.json"
 
     def record(self) -> dict[str, Any]:
-        """What was evaluated so far: ``{"method", "seed", "points": [...]}``."""
+        """What was evaluated so far: ``{"method", "seed", "judging", "points": [...]}``."""
         if self.record_file.exists():
             return json.loads(self.record_file.read_text(encoding="utf-8"))
-        return {"method": self.method, "seed": self.seed, "points": []}
+        return {"method": self.method, "seed": self.seed, "judging": self.judging(), "points": []}
 
     def trained_steps(self) -> int:
         """Steps that the log holds, for the progress bar."""
         log = self.folder / "metrics.jsonl"
         return sum(1 for _ in log.open("rb")) if log.exists() else 0
+
+
+def refuse_other(subject: Path, former: Mapping[str, Any], now: Mapping[str, Any], do: str) -> None:
+    """Compares the settings that something was made with to those of now.
+
+    Raises:
+        ConfigError: they differ; the text names each difference.
+    """
+    keys = [key for key in {**former, **now} if former.get(key) != now.get(key)]
+    if keys:
+        then, wanted = ({key: of.get(key) for key in keys} for of in (former, now))
+        raise ConfigError(explain(str(subject), expected=wanted, got=f"{then}, from an earlier recipe", do=do))
+
+
+def _trained(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that move a trained number; of a critic's file its name, as the folder may have been moved."""
+    kept = {key: value for key, value in settings.items() if key not in FREE_ON_RESUME}
+    kept["critic_checkpoint"] = Path(kept.get("critic_checkpoint") or "").name
+    return json.loads(json.dumps(kept))
 
 
 def _flag(key: str, value: Any) -> list[str]:

@@ -170,6 +170,7 @@ def main() -> None:
     options = parser.parse_args()
     benchmark = Benchmark(read_recipe(options.recipe), options.data, options.output)
     run = Run(benchmark, options.method, options.seed)
+    run.check()
     if not run.is_trained:
         run.train(options.launch)
     evaluate(run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -16,7 +16,7 @@ sys.path[:0] = [str(REPO / "benchmarks"), str(REPO / "examples")]
 
 from convergence import gpu_of_each_job  # noqa: E402
 from convergence_parts import Benchmark, Run  # noqa: E402
-from convergence_recipe import read_recipe  # noqa: E402
+from convergence_recipe import Recipe, read_recipe  # noqa: E402
 from convergence_run import evenly_spaced  # noqa: E402
 
 from vrpo_plugin.errors import ConfigError  # noqa: E402
@@ -24,9 +24,9 @@ from vrpo_plugin.errors import ConfigError  # noqa: E402
 SMOKE = Path(__file__).with_name("smoke.yaml")
 
 
-def convergence(output: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def convergence(output: Path, *options: str, recipe: Path = SMOKE) -> subprocess.CompletedProcess[str]:
     script = REPO / "benchmarks" / "convergence.py"
-    command = [sys.executable, str(script), "--recipe", str(SMOKE), "--output", str(output), "--jobs", "2", *options]
+    command = [sys.executable, str(script), "--recipe", str(recipe), "--output", str(output), "--jobs", "2", *options]
     variables = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
     environment = {**variables, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(REPO)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
@@ -68,6 +68,31 @@ def test_digits_from_end_to_end_and_again(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors")} == kept
     points = {run["method"]: sorted(map(json.dumps, run["points"])) for run in read(tmp_path)["runs"]}
     assert points == {run["method"]: sorted(map(json.dumps, run["points"])) for run in result["runs"]}
+
+    # A folder may be moved; it answers for its own recipe only.
+    moved = tmp_path.parent / "moved"
+    tmp_path.rename(moved)
+    assert convergence(moved, "--report-only").returncode == 0
+    changed = tmp_path.parent / "changed.yaml"
+    for old, new, said in [
+        ("{method: vrpo, ", "{method: vrpo, reward_coeff: 0.4, ", "'reward_coeff': 0.4"),
+        ("learning_rate: 1.0e-3", "learning_rate: 2.0e-3", "'learning_rate': 0.002"),
+        ("solver_steps: 3", "solver_steps: 4", "'solver_steps': 4"),
+        ("judges: {width: 8, steps: 20}", "judges: {width: 8, steps: 30}", "'steps': 30"),
+        ("batch_size: 32", "batch_size: 16", "'batch_size': 16"),
+    ]:
+        text = SMOKE.read_text(encoding="utf-8")
+        assert old in text
+        changed.write_text(text.replace(old, new), encoding="utf-8")
+        with pytest.raises(ConfigError, match=f"{re.escape(said)}.*from an earlier recipe"):
+            check(read_recipe(changed), moved)
+
+
+def check(recipe: Recipe, output: Path) -> None:
+    benchmark = Benchmark(recipe, None, output)
+    benchmark.train_networks(torch.device("cpu"))
+    for method in recipe.methods:
+        Run(benchmark, method, 0).check()
 
 
 def test_the_real_images_of_precision_and_recall_are_of_all_classes() -> None:
