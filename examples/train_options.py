@@ -99,7 +99,8 @@ class TrainOptions:
         return self.exp_name or f"{data}-{self.method}-seed{self.seed}"
 
 
-# What may differ between a run and its resumption: none of it changes a number that is trained.
+# What may differ between a run and its resumption: none of it changes a number that is trained. (The length of the
+# schedules, which is the run's where it is not given, is no such thing: give it to go on beyond the run's first end.)
 FREE_ON_RESUME = frozenset(
     {"resume", "output_dir", "exp_name", "report_to", "num_workers", "data_dir", "enc_checkpoint", "vae"}
     | {"max_train_steps", "checkpointing_steps", "keep_last", "sampling_steps", "flush_steps"}
@@ -143,7 +144,7 @@ def parse_options(argv: Sequence[str] | None = None) -> tuple[TrainOptions, VRPO
         raise ConfigError(explain("method", expected=f"one of {tuple(METHODS)}", got=method, do="Choose one."))
     values = {**values, **METHODS[method], **given}
     options = TrainOptions(**{k: v for k, v in values.items() if k in own})
-    config = VRPOConfig(**{k: v for k, v in values.items() if k not in own})
+    config = VRPOConfig(**{k: v for k, v in values.items() if k not in own}).for_run(options.max_train_steps)
     for name, value in {"features": "host", "group": "image"}.items():
         if getattr(config, name) == value:
             do = "That setting is for loops that bring a loss, or several draws of one image, of their own."

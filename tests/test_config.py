@@ -21,7 +21,7 @@ OTHER_VALUES: dict[str, Any] = {
     "release": "stop",
     "release_steps": 100,
     "reward_coeff": 0.0,
-    "reward_release": "linear",
+    "reward_release": "stop",
     "reward_release_steps": 10,
     "rewards": ("fidelity", "semantic"),
     "reward_weights": {"semantic": 2, "fidelity": 1.0},
@@ -119,9 +119,8 @@ def test_invalid_value_is_a_config_error_that_names_its_field(name: str, value: 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"release": "linear"}, "release_steps: expected >= 1 with release='linear', got 0"),
         ({"release": "stop"}, "release_steps: expected >= 1 with release='stop', got 0"),
-        ({"reward_release": "linear"}, "reward_release_steps: expected >= 1 with reward_release='linear', got 0"),
+        ({"reward_release": "stop"}, "reward_release_steps: expected >= 1 with reward_release='stop', got 0"),
         ({"aggregation": "normalize_then_sum"}, "aggregation: expected sum_then_normalize with inverse-variance"),
         ({"critic_trainable": False}, "critic_checkpoint: expected a file .*got None.*vrpo train-critic"),
     ],
@@ -212,3 +211,12 @@ def test_replace_checks_again() -> None:
 def test_settings_are_given_by_name() -> None:
     with pytest.raises(TypeError):
         VRPOConfig("host")  # type: ignore[call-arg]
+
+
+def test_a_run_gives_its_length_to_the_linear_schedules_that_have_none() -> None:
+    config = VRPOConfig(release="linear").for_run(400)
+    assert (config.release_steps, config.reward_release, config.reward_release_steps) == (400, "linear", 400)
+    given = VRPOConfig(release="linear", release_steps=10, reward_release_steps=20).for_run(400)
+    assert (given.release_steps, given.reward_release_steps) == (10, 20)
+    for config in (VRPOConfig(reward_release="none"), VRPOConfig(reward_release="stop", reward_release_steps=3)):
+        assert config.for_run(400) == config

@@ -112,7 +112,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "linear release": {"release": "linear", "release_steps": 3},
     "reward release": {"reward_release": "linear", "reward_release_steps": 3},
     "stop release": {"release": "stop", "release_steps": 2},
+    "quick variances": {"variance_decay": 0.1},
     "features alone": {"reward_coeff": 0.0},
+    "features alone, released": {"reward_coeff": 0.0, "release": "linear", "release_steps": 3},
     "generation alone": {"features": "none"},
 }
 
@@ -268,7 +270,15 @@ class Step(nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "backend"),
-    [("default", "aot_eager"), ("batch scale", "eager"), ("own reward", "eager"), ("linear release", "eager")],
+    [
+        ("default", "aot_eager"),
+        ("batch scale", "eager"),
+        ("own reward", "eager"),
+        ("linear release", "aot_eager"),
+        ("reward release", "aot_eager"),
+        ("quick variances", "aot_eager"),
+        ("features alone, released", "aot_eager"),
+    ],
 )
 def test_compiled_equals_eager_in_one_graph(setting: str, backend: str) -> None:
     torch._dynamo.reset()

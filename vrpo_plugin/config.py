@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from vrpo_plugin.errors import ConfigError, explain
@@ -45,10 +45,11 @@ class VRPOConfig:
         target_norm: ``none``, or ``spatial`` (iREPA's normalisation of the encoder tokens).
         release: schedule of the features part: ``none``, ``linear`` (down to 0 at release_steps) or ``stop``
             (HASTE: off from release_steps on).
-        release_steps: in training steps, as ``forward(step=...)`` counts them, else in calls.
+        release_steps: in training steps, as ``forward(step=...)`` counts them, else in calls. 0: the length of the
+            run, which :meth:`for_run` fills in; where nobody does, nothing is let go of.
         reward_coeff: weight of the generation part; 0 makes no critic.
         reward_release: schedule of the generation part, as ``release``; docs/results.md compares them.
-        reward_release_steps: as ``release_steps``; most often the length of the run.
+        reward_release_steps: as ``release_steps``.
         rewards: built-in rewards that are optimised on the generation readout. ``fidelity`` is measured always;
             naming it optimises it a second time, next to the denoising loss.
         reward_weights: ``inverse_variance``, or a mapping from reward to share (normalised to sum 1).
@@ -86,7 +87,7 @@ class VRPOConfig:
     release: Literal["none", "linear", "stop"] = "none"
     release_steps: int = 0
     reward_coeff: float = 0.8
-    reward_release: Literal["none", "linear", "stop"] = "none"
+    reward_release: Literal["none", "linear", "stop"] = "linear"
     reward_release_steps: int = 0
     rewards: tuple[str, ...] = ("semantic", "perceptual")
     reward_weights: Literal["inverse_variance"] | tuple[tuple[str, float], ...] = "inverse_variance"
@@ -178,7 +179,7 @@ class VRPOConfig:
             _fail("layers", '"early", "middle", "all" or block numbers from 1', self.layers)
         for name in ("release", "reward_release"):
             schedule, steps = getattr(self, name), getattr(self, f"{name}_steps")
-            if schedule != "none" and steps < 1:
+            if schedule == "stop" and steps < 1:
                 _fail(f"{name}_steps", f">= 1 with {name}={schedule!r}", steps)
         if self.reward_weights == "inverse_variance":
             if self.aggregation == "normalize_then_sum":
@@ -208,6 +209,19 @@ class VRPOConfig:
             ConfigError: as the constructor.
         """
         return cls(**values)
+
+    def for_run(self, total_steps: int) -> "VRPOConfig":
+        """Fills in the lengths of schedules that have none: the run's.
+
+        Args:
+            total_steps: training steps of the run, as ``forward(step=...)`` counts them, else calls.
+        """
+        features, rewards = self.release_steps, self.reward_release_steps
+        return replace(
+            self,
+            release_steps=total_steps if self.release == "linear" and not features else features,
+            reward_release_steps=total_steps if self.reward_release == "linear" and not rewards else rewards,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that :meth:`from_dict` turns back into an equal configuration."""

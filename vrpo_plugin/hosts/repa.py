@@ -4,7 +4,7 @@ Facts: sihyun-yu/REPA@67f7145, Martinser/REG@021ea2e, End2End-Diffusion/iREPA@99
 this package's: t = 0 is data, and the velocity points from data to noise.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,8 +14,10 @@ from vrpo_plugin.functional.interpolant import clean_estimate
 from vrpo_plugin.functional.tensors import add_gradient, promote
 from vrpo_plugin.hosts import compat
 from vrpo_plugin.hosts.base import Aligned, HostSpec, Note, apply_line, point, sizes_of_repa_model
+from vrpo_plugin.hosts.length import parsed_length
 from vrpo_plugin.hosts.session import Session
 from vrpo_plugin.hosts.trackers import accelerate_log
+from vrpo_plugin.patching.handle import Seam
 from vrpo_plugin.patching.source import Insertion
 
 
@@ -84,6 +86,10 @@ def sizes_of_mmdit(model: Any) -> dict[str, Any]:
     }
 
 
+def _seams(session: Session) -> Sequence[Seam]:
+    return [*accelerate_log(session), *parsed_length(session)]
+
+
 _GRAD_NORM = Note(
     "train.py",
     "--gradient-accumulation-steps is above 1: UnboundLocalError for grad_norm at the first step",
@@ -98,7 +104,7 @@ _SILOSS: dict[str, Any] = {
     "sizes": sizes_of_repa_model,
     "projects": True,
     "log_key": "proj_loss",
-    "seams": accelerate_log,
+    "seams": _seams,
 }
 
 _REPA_LOSS = point(

@@ -15,6 +15,7 @@ from vrpo_plugin.functional.interpolant import clean_estimate, noisy_sample
 from vrpo_plugin.functional.tensors import add_gradient, promote
 from vrpo_plugin.hosts import compat
 from vrpo_plugin.hosts.base import HostSpec, Note, apply_line, point, sizes_of_repa_model
+from vrpo_plugin.hosts.length import parsed_length
 from vrpo_plugin.hosts.session import Session, made_before
 from vrpo_plugin.hosts.trackers import accelerate_log
 from vrpo_plugin.modules.taps import Tap
@@ -74,7 +75,11 @@ def _seams(session: Session) -> Sequence[Seam]:
         return classmethod(convert_sync_batchnorm)
 
     label = "torch.nn.SyncBatchNorm.convert_sync_batchnorm"
-    return [*accelerate_log(session), Seam(nn.SyncBatchNorm, "convert_sync_batchnorm", wrap, label)]
+    return [
+        *accelerate_log(session),
+        *parsed_length(session),
+        Seam(nn.SyncBatchNorm, "convert_sync_batchnorm", wrap, label),
+    ]
 
 
 REPAE = HostSpec(

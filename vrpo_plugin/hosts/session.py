@@ -44,6 +44,7 @@ class Session:
         )
         self.tracker = Tracker(options.log_every if spec.log_key is None else 0)
         self.targets: Any = None  # of hosts whose encoder we make
+        self.total_calls: int | None = None  # of the aligner in this run, where the host says it
         self.cache: dict[str, Any] = {}  # of the host's own conversion: constants on the device
         self.constructor_fixes: list[Callable[[dict[str, Any]], None]] = []  # of the shims
         self.aligner_parameters: set[int] = set()
@@ -64,6 +65,13 @@ class Session:
         if self.idle:
             return
         config = replace(self.config, proj_coeff=0.0) if self.spec.projects else self.config
+        if self.total_calls is not None:
+            config = config.for_run(self.total_calls)
+        elif config.reward_coeff and config.reward_release == "linear" and not config.reward_release_steps:
+            logger.warning(
+                "vrpo_plugin: the length of the run is not known, so the rewards keep their weight. They are best let "
+                "go of over the run: set reward_release_steps (VRPO_REWARD_RELEASE_STEPS) to its steps."
+            )
         sizes = self.spec.sizes(model)
         if self.targets is None and self.spec.needs_encoder:
             from vrpo_plugin.hosts.pixels import load_pixel_targets

@@ -34,6 +34,7 @@ from vrpo_plugin.modules.inputs import (
     sizes_of_model,
 )
 from vrpo_plugin.modules.projector import build_projector
+from vrpo_plugin.modules.statistics import update_buffer
 from vrpo_plugin.modules.taps import Taps, resolve_layers
 
 logger = logging.getLogger("vrpo_plugin")
@@ -301,7 +302,7 @@ class VRPOAligner(nn.Module):
             # While compiling, the checks leave no code behind, and a changed attribute would compile it all again.
             self._checked = not torch.compiler.is_compiling()
         if self.training:
-            self.step += 1
+            update_buffer(self, "step", self.step + 1)
         if self.config.target_norm == "spatial":
             targets = tuple(spatial_normalize(target) for target in targets)
         zero = torch.zeros((), device=targets[0].device)
@@ -370,12 +371,12 @@ class VRPOAligner(nn.Module):
 
     def _left(self, schedule: str, steps: int, step: int | None) -> Tensor | float:
         """Share that a schedule has left (equation 17); a tensor where the aligner counts itself."""
-        if schedule == "none":
+        if schedule == "none" or steps == 0:
             return 1.0
         done = (self.step - 1 if step is None else step) / steps
-        if schedule == "linear":
-            return torch.clamp(1 - done, 0, 1) if isinstance(done, Tensor) else min(max(1 - done, 0.0), 1.0)
-        return (done < 1).float() if isinstance(done, Tensor) else float(done < 1)
+        if isinstance(done, Tensor):
+            return torch.clamp(1 - done, 0, 1) if schedule == "linear" else (done < 1).float()
+        return min(max(1 - done, 0.0), 1.0) if schedule == "linear" else float(done < 1)
 
 
 def _tuple(tensors: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, ...]:

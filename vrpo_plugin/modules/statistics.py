@@ -7,6 +7,18 @@ from torch import Tensor, nn
 NOISE_BINS = 10
 
 
+def update_buffer(module: nn.Module, name: str, value: Tensor) -> None:
+    """Gives a buffer its next value: in place, but in compiled code as a new tensor.
+
+    What a forward pass makes of a buffer, torch.compile may make again in the backward pass (seen in torch 2.15). A
+    buffer that was updated in place in between is then one update ahead, and the gradient wrong.
+    """
+    if torch.compiler.is_compiling():
+        setattr(module, name, value)
+    else:
+        getattr(module, name).copy_(value)
+
+
 class RewardStatistics(nn.Module):
     """Exponentially weighted variance of each reward in ten bins of t (equation 11).
 
@@ -44,8 +56,8 @@ class RewardStatistics(nn.Module):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(new)
         decay = torch.where(new[1] > 0, self.decay, 1.0)
-        self.square_sum.mul_(decay).add_(new[0])
-        self.count.mul_(decay).add_(new[1])
+        update_buffer(self, "square_sum", self.square_sum * decay + new[0])
+        update_buffer(self, "count", self.count * decay + new[1])
 
     def variance(self, t: Tensor) -> Tensor:
         """Variance of each reward at each sample's noise level (K, B); NaN where nothing was ever seen."""
