@@ -18,6 +18,9 @@ from fakes.host_folders import (
     own_parameters,
 )
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
+
+from vrpo_plugin.hosts.aligner import HostAligner
 
 HOSTS = tuple(SCRIPTS)
 DENOISING = {"irepa": "denoising_loss", "repae": "denoising_loss"}
@@ -123,6 +126,40 @@ def test_metrics_reach_the_hosts_tracker(name: str, tmp_path: Path) -> None:
     assert len({logged["vrpo/norm/x0_hat"] for logged in ours}) == 3  # of each step anew
     for logged, own in zip(ours, run.logs, strict=True):
         assert logged["vrpo/align_cos"] == pytest.approx(-own["proj_loss"] * (2 if name == "irepa" else 1), rel=1e-6)
+
+
+def reward_releases(host: FakeHost, steps: int, *options: object) -> list[float]:
+    """The share of the rewards that each call of the aligner kept."""
+    shares: list[float] = []
+
+    def keep(module: Any, inputs: Any, output: Any) -> None:
+        if isinstance(module, HostAligner):
+            shares.append(float(output.reward_release))
+
+    with register_module_forward_hook(keep):
+        train(host, steps, *options)
+    return shares
+
+
+@pytest.mark.parametrize("name", PROJECTING)
+def test_rewards_are_let_go_of_over_the_hosts_run(name: str, tmp_path: Path) -> None:
+    with fake_host(name) as host:
+        with host.apply(tmp_path):
+            assert reward_releases(host, 4) == pytest.approx([1, 0.75, 0.5, 0.25])
+        with host.apply(tmp_path, reward_release_steps=2):
+            assert reward_releases(host, 3) == pytest.approx([1, 0.5, 0])
+
+
+def test_a_host_that_accumulates_calls_the_aligner_more_often(tmp_path: Path) -> None:
+    with fake_host("repa") as host, host.apply(tmp_path):
+        shares = reward_releases(host, 2, "--gradient-accumulation-steps", 2)
+    assert shares == pytest.approx([1, 0.75, 0.5, 0.25])
+
+
+def test_where_a_host_does_not_say_its_length_the_rewards_stay_and_it_is_said(tmp_path: Path, caplog: Any) -> None:
+    with fake_host("sit") as host, host.apply(tmp_path):
+        assert reward_releases(host, 3) == [1, 1, 1]
+    assert any("set reward_release_steps (VRPO_REWARD_RELEASE_STEPS)" in text for *_, text in caplog.record_tuples)
 
 
 # ---- other settings ----
