@@ -9,6 +9,8 @@ from typing import Any
 
 Record = Mapping[str, Any]
 
+ALARM = 0.01  # a cosine; runs of one method differ by a third of it between seeds
+
 
 def curve(run: Record, judge: str) -> list[tuple[int, float]]:
     """(step, distance) of a run without guidance, by step."""
@@ -172,7 +174,7 @@ def alarms(runs: Sequence[Record]) -> list[str]:
             f"judge {name}": value - first["held_out_reward"][name] for name, value in last["held_out_reward"].items()
         }
         for name, change in views.items():
-            if trained > 0 > change:
+            if trained > 0 and change < -ALARM:
                 where = f"{run['method']} seed {run['seed']}"
                 found.append(f"{where}: the trained reward rose by {trained:.3f}, {name} fell by {-change:.3f}")
     return found

@@ -90,6 +90,8 @@ def test_an_alarm_where_the_trained_reward_rises_alone() -> None:
     run["points"][2]["held_out_reward"]["rotation"] = 0.1
     (alarm,) = alarms([run])
     assert "vrpo seed 0" in alarm and "judge rotation fell by 0.300" in alarm
+    run["points"][2]["held_out_reward"]["rotation"] = run["points"][0]["held_out_reward"]["rotation"] - 0.005
+    assert alarms([run]) == []
 
 
 def test_plots_are_drawn(tmp_path: Path) -> None:
