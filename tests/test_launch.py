@@ -16,6 +16,7 @@ from fakes.host_folders import PACKAGES, ROOT, SMALL, imports_from, process_stat
 from fakes.host_trees import contents
 
 from vrpo_plugin import launch
+from vrpo_plugin.config import VRPOConfig
 from vrpo_plugin.errors import ConfigError, HostChangedError
 from vrpo_plugin.hosts.known import HOSTS
 from vrpo_plugin.hosts.options import KEYS
@@ -157,7 +158,7 @@ def test_a_dry_run_says_everything_and_does_nothing(folder: Path, capsys: pytest
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"host        repa (sihyun-yu/REPA) in {folder}"
     assert any(line.startswith("seam        models/sit.py: SiT.forward: CHANGED: ") for line in lines)
-    assert "setting     reward_coeff = 0.5 (default 0.8)" in lines
+    assert f"setting     reward_coeff = 0.5 (default {VRPOConfig().reward_coeff})" in lines
     assert [line for line in lines if line.startswith("compat      sit_s: ")]
     assert active_handles() == ()
     assert (contents(folder.parent), {*sys.modules}, sys.path, sys.argv) == (before, modules, path, ["launch"])

@@ -253,7 +253,7 @@ def test_features_of_others_have_no_projector(model: TinySiT, features: str) -> 
     out = align(model, aligner, batch)
     assert out.features_loss == 0 and not out.features_loss.requires_grad
     assert "semantic_features" not in out.rewards and "vrpo/align_cos" not in out.metrics
-    torch.testing.assert_close(out.policy_loss, 0.8 * out.generation_loss)
+    torch.testing.assert_close(out.policy_loss, aligner.config.reward_coeff * out.generation_loss)
 
 
 def test_without_a_reward_coefficient_there_is_no_critic(model: TinySiT) -> None:

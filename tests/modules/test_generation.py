@@ -547,6 +547,7 @@ def test_a_black_box_and_a_pathwise_reward_share_the_weights() -> None:
         rewards={"path": linear_reward(1)[1]},
         black_box_rewards={"box": lambda s: mean_over_latent(s.x0_hat)},
         reward_weights={"path": 1, "box": 3},
+        reward_coeff=0.8,
     )
     velocity = velocity_like(batch)
     out = generate(aligner, batch, velocity, generator=torch.Generator().manual_seed(0))
