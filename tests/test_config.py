@@ -119,6 +119,7 @@ def test_invalid_value_is_a_config_error_that_names_its_field(name: str, value: 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"release": "linear"}, "release_steps: expected >= 1 with release='linear', got 0"),
         ({"release": "stop"}, "release_steps: expected >= 1 with release='stop', got 0"),
         ({"reward_release": "stop"}, "reward_release_steps: expected >= 1 with reward_release='stop', got 0"),
         ({"aggregation": "normalize_then_sum"}, "aggregation: expected sum_then_normalize with inverse-variance"),
@@ -213,10 +214,9 @@ def test_settings_are_given_by_name() -> None:
         VRPOConfig("host")  # type: ignore[call-arg]
 
 
-def test_a_run_gives_its_length_to_the_linear_schedules_that_have_none() -> None:
-    config = VRPOConfig(release="linear").for_run(400)
-    assert (config.release_steps, config.reward_release, config.reward_release_steps) == (400, "linear", 400)
-    given = VRPOConfig(release="linear", release_steps=10, reward_release_steps=20).for_run(400)
-    assert (given.release_steps, given.reward_release_steps) == (10, 20)
+def test_a_run_gives_its_length_to_the_release_of_the_rewards() -> None:
+    config = VRPOConfig(release="linear", release_steps=10).for_run(400)
+    assert (config.release_steps, config.reward_release, config.reward_release_steps) == (10, "linear", 400)
+    assert VRPOConfig(reward_release_steps=20).for_run(400).reward_release_steps == 20
     for config in (VRPOConfig(reward_release="none"), VRPOConfig(reward_release="stop", reward_release_steps=3)):
         assert config.for_run(400) == config

@@ -45,13 +45,13 @@ class VRPOConfig:
         target_norm: ``none``, or ``spatial`` (iREPA's normalisation of the encoder tokens).
         release: schedule of the features part: ``none``, ``linear`` (down to 0 at release_steps) or ``stop``
             (HASTE: off from release_steps on).
-        release_steps: in training steps, as ``forward(step=...)`` counts them, else in calls. 0: the length of the
-            run, which :meth:`for_run` fills in; where nobody does, nothing is let go of.
+        release_steps: in training steps, as ``forward(step=...)`` counts them, else in calls.
         reward_coeff: weight of the generation part (at its begin, where it is let go of); 0 makes no critic. 0.8 to 1.6
-            end alike in docs/results.md; more is slower at first.
+            ended within an eighth of each other in docs/results.md; more is slower at first.
         reward_release: schedule of the generation part, as ``release``. ``linear`` ended at the lowest distances in
             docs/results.md: a constant reward acts like guidance that is built in.
-        reward_release_steps: as ``release_steps``.
+        reward_release_steps: as ``release_steps``. 0: the length of the run, which :meth:`for_run` fills in; where
+            nobody does, nothing is let go of.
         rewards: built-in rewards that are optimised on the generation readout. ``fidelity`` is measured always;
             naming it optimises it a second time, next to the denoising loss.
         reward_weights: ``inverse_variance``, or a mapping from reward to share (normalised to sum 1).
@@ -181,7 +181,8 @@ class VRPOConfig:
             _fail("layers", '"early", "middle", "all" or block numbers from 1', self.layers)
         for name in ("release", "reward_release"):
             schedule, steps = getattr(self, name), getattr(self, f"{name}_steps")
-            if schedule == "stop" and steps < 1:
+            unset = name == "reward_release" and schedule == "linear"  # see for_run
+            if schedule != "none" and steps < 1 and not unset:
                 _fail(f"{name}_steps", f">= 1 with {name}={schedule!r}", steps)
         if self.reward_weights == "inverse_variance":
             if self.aggregation == "normalize_then_sum":
@@ -213,17 +214,13 @@ class VRPOConfig:
         return cls(**values)
 
     def for_run(self, total_steps: int) -> "VRPOConfig":
-        """Fills in the lengths of schedules that have none: the run's.
+        """Gives the linear release of the rewards the run's length, where it has none of its own.
 
         Args:
             total_steps: training steps of the run, as ``forward(step=...)`` counts them, else calls.
         """
-        features, rewards = self.release_steps, self.reward_release_steps
-        return replace(
-            self,
-            release_steps=total_steps if self.release == "linear" and not features else features,
-            reward_release_steps=total_steps if self.reward_release == "linear" and not rewards else rewards,
-        )
+        unset = self.reward_release == "linear" and not self.reward_release_steps
+        return replace(self, reward_release_steps=total_steps) if unset else self
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that :meth:`from_dict` turns back into an equal configuration."""
