@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vrpo_plugin.modules.statistics import NOISE_BINS, RewardStatistics
+from vrpo_plugin.modules.statistics import NOISE_BINS, RewardStatistics, update_buffer
 
 
 def random_update(seed: int, *, rewards: int = 2, size: int = 24) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -104,3 +104,29 @@ def test_a_cast_of_the_model_leaves_float32(dtype: torch.dtype) -> None:
         statistics.update(torch.tensor([0.3]), torch.tensor([[1.0]]), torch.tensor([[True]]))
     # 1 / (1 - 0.99) samples; bfloat16 would stop growing where one percent is below its resolution.
     assert statistics.count.max().item() == pytest.approx(100, rel=1e-3)
+
+
+class Counting(torch.nn.Module):
+    """Weighs its loss by a count that the same forward pass moves on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(4))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self) -> torch.Tensor:
+        count = self.count + 1
+        update_buffer(self, "count", count)
+        return count * self.weight.sum()
+
+
+@pytest.mark.slow
+def test_a_compiled_gradient_sees_a_buffer_as_its_forward_pass_did() -> None:
+    torch._dynamo.reset()
+    module, gradients = Counting(), []
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    for _ in range(3):
+        module.zero_grad()
+        compiled().backward()
+        gradients.append(module.weight.grad[0].item())
+    assert gradients == [1, 2, 3] and module.count == 3
