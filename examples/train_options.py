@@ -62,6 +62,7 @@ class TrainOptions:
     adam_weight_decay: float = _option(0.0, "")
     adam_epsilon: float = _option(1e-8, "")
     max_grad_norm: float = _option(1.0, "gradient-norm clipping; the critic is clipped by itself")
+    max_skipped_steps: int = _option(100, "steps in a row that may be left out as their gradients are not finite")
     mixed_precision: Literal["no", "fp16", "bf16"] = _option("no", "")
     allow_tf32: bool = _option(False, "TF32 matrix products on Ampere and later")
     ema_decay: float = _option(0.9999, "with a warm-up, min(decay, (1 + step) / (10 + step))")
@@ -88,7 +89,7 @@ class TrainOptions:
         for name in (*positive, "checkpointing_steps", "flush_steps", "solver_steps", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ConfigError(explain(name, expected="> 0", got=getattr(self, name), do="Correct it."))
-        for name in ("sampling_steps", "eval_samples", "num_workers", "seed"):
+        for name in ("sampling_steps", "eval_samples", "num_workers", "seed", "max_skipped_steps"):
             if getattr(self, name) < 0:
                 raise ConfigError(explain(name, expected=">= 0", got=getattr(self, name), do="Correct it."))
 
@@ -103,7 +104,7 @@ class TrainOptions:
 # schedules, which is the run's where it is not given, is no such thing: give it to go on beyond the run's first end.)
 FREE_ON_RESUME = frozenset(
     {"resume", "output_dir", "exp_name", "report_to", "num_workers", "data_dir", "enc_checkpoint", "vae"}
-    | {"max_train_steps", "checkpointing_steps", "keep_last", "sampling_steps", "flush_steps"}
+    | {"max_train_steps", "max_skipped_steps", "checkpointing_steps", "keep_last", "sampling_steps", "flush_steps"}
     | {"eval_samples", "eval_network", "eval_checkpoint"}
     | {"solver", "solver_steps", "cfg_scale", "guidance_low", "guidance_high"}
 )

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from train_options import ENCODER_PREFIX, FREE_ON_RESUME, TrainOptions
 
 import vrpo_plugin
-from vrpo_plugin import CheckpointError, ConfigError, VRPOConfig
+from vrpo_plugin import CheckpointError, ConfigError, NonFiniteError, VRPOConfig
 from vrpo_plugin.errors import explain
 from vrpo_plugin.evaluation.protocol import EvalProtocol, EvalResult, evaluate
 from vrpo_plugin.reference.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, write_text_atomic
@@ -160,6 +160,39 @@ class MetricBuffer:
             rows.append({"step": step, **numbers, "seconds": round(seconds, 4)})
         self.rows.clear()
         return rows
+
+
+class SkippedSteps:
+    """Ends a run that leaves out step after step.
+
+    Args:
+        limit: so many in a row are let pass.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.in_a_row: list[Mapping[str, float | int | None]] = []
+
+    def add(self, rows: Sequence[Mapping[str, float | int | None]]) -> None:
+        """Takes the rows of metrics.jsonl, in order.
+
+        Raises:
+            NonFiniteError: more steps in a row than the limit; names the first of them, and what was not finite.
+        """
+        for row in rows:
+            self.in_a_row = [*self.in_a_row, row] if row["skipped"] else []
+            if len(self.in_a_row) > self.limit:
+                first = self.in_a_row[0]
+                counted = [name for name, value in first.items() if "nonfinite" in name and value]
+                unknown = [name for name, value in first.items() if value is None]
+                raise NonFiniteError(
+                    explain(
+                        f"step {first['step']}",
+                        expected=f"at most {self.limit} steps in a row that are not finite",
+                        got=f"{len(self.in_a_row)}, beginning with {', '.join(counted + unknown)}",
+                        do="Weights and moments are those before that step: look at what is named there.",
+                    )
+                )
 
 
 class Painter:

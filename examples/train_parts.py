@@ -15,6 +15,7 @@ from train_options import ENCODER_PREFIX, TrainOptions
 from vrpo_plugin import ConfigError, VRPOAligner, VRPOConfig
 from vrpo_plugin.errors import explain
 from vrpo_plugin.functional.interpolant import PathType, noisy_sample
+from vrpo_plugin.functional.tensors import finite_samples
 from vrpo_plugin.reference.data import LATENTS_SCALE, PositionBatchSampler, TrainingSamples
 from vrpo_plugin.reference.sit import SiT, create_sit
 from vrpo_plugin.reference.sources import Source
@@ -80,14 +81,18 @@ def build_ema(model: SiT) -> SiT:
 
 
 @torch.no_grad()
-def update_ema(ema: SiT, model: SiT, decay: float, step: int) -> None:
-    """Moves the average towards the model; early steps count more, as they replace the initialisation."""
+def update_ema(ema: SiT, model: SiT, decay: float, step: int, skipped: Tensor) -> None:
+    """Moves the average towards the model; early steps count more, as they replace the initialisation.
+
+    A step that was left out (``skipped`` is 1, a 0-dim tensor) leaves the average as it is.
+    """
     decay = min(decay, (1 + step) / (10 + step))
     source = dict(model.named_parameters())
     names, averages = zip(*ema.named_parameters(), strict=True)
     # Under FSDP2 a parameter is a shard, and its average is kept whole.
     whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in (source[name] for name in names)]
-    torch._foreach_lerp_(list(averages), whole, 1 - decay)
+    weight = (1 - decay) * (1 - skipped)
+    torch._foreach_lerp_(list(averages), whole, [weight] * len(whole))
 
 
 class TrainingStep(nn.Module):
@@ -103,6 +108,9 @@ class TrainingStep(nn.Module):
         velocity = self.model(x_t, batch["t"], batch["y"], force_drop_ids=batch["drop"])
         denoising_loss = (velocity.float() - target).square().mean()
         metrics = {"denoising_loss": denoising_loss.detach()}
+        metrics["nonfinite/x0"] = (~finite_samples(batch["x0"])).sum().float()
+        if z:
+            metrics["nonfinite/z"] = (~finite_samples(*z)).sum().float()
         loss = denoising_loss
         aligner = aligner_of(self.model)
         if aligner is not None:
@@ -137,6 +145,7 @@ def build_optimizer(options: TrainOptions, model: SiT) -> torch.optim.AdamW:
         betas=(options.adam_beta1, options.adam_beta2),
         weight_decay=options.adam_weight_decay,
         eps=options.adam_epsilon,
+        fused=True,  # so that a step that is not finite can be left out on the device
     )
 
 

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from train_options import TrainOptions, parse_options, to_dict
-from train_output import MetricBuffer, Painter, RunFolder
+from train_output import MetricBuffer, Painter, RunFolder, SkippedSteps
 from train_parts import (
     TrainingStep,
     build_decoder,
@@ -38,7 +38,7 @@ from train_parts import (
     update_ema,
 )
 
-from vrpo_plugin import VRPOConfig, VRPOError
+from vrpo_plugin import NonFiniteGuard, VRPOConfig, VRPOError
 from vrpo_plugin.reference.sources import Source, open_source
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -70,8 +70,10 @@ class Trainer:
         optimizer = build_optimizer(options, self.model)
         self.step_module, self.optimizer = accelerator.prepare(step_module, optimizer)
         self.clip_groups = parameter_groups(self.model)
+        self.guard = NonFiniteGuard(self.optimizer.optimizer, self.model.buffers(), scaler=accelerator.scaler)
         self.painter = Painter(options, config, self.source, decode, device) if decode else None
         self.metrics = MetricBuffer(accelerator)
+        self.skipped = SkippedSteps(options.max_skipped_steps)
         self.step = 0
 
     def resume(self) -> None:
@@ -146,6 +148,7 @@ class Trainer:
     def _train_step(self, loader: Any) -> dict[str, Tensor]:
         accelerator, micro_steps = self.accelerator, self.options.gradient_accumulation_steps
         collected: dict[str, Tensor] = {}
+        self.guard.keep()
         for micro_step in range(micro_steps):
             batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in next(loader).items()}
             synchronize = micro_step == micro_steps - 1
@@ -161,16 +164,20 @@ class Trainer:
         if critic:
             norms["grad_norm_critic"] = torch.nn.utils.clip_grad_norm_(critic, self.options.max_grad_norm)
         collected |= {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in norms.items()}
+        counts = [value for name, value in collected.items() if "nonfinite" in name]
+        skipped = self.guard.check([collected[name] for name in norms], counts)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        update_ema(self.ema, self.model, self.options.ema_decay, self.step)
-        return collected
+        update_ema(self.ema, self.model, self.options.ema_decay, self.step, skipped)
+        return collected | {"skipped": skipped}
 
     def _flush(self) -> None:
         rows = self.metrics.flush()
+        if rows and self.accelerator.is_main_process:
+            self.folder.append_metrics(rows)
+        self.skipped.add(rows)
         if not rows or not self.accelerator.is_main_process:
             return
-        self.folder.append_metrics(rows)
         for row in rows:
             numbers = {k: v for k, v in row.items() if k != "step" and v is not None}
             self.accelerator.log(numbers, step=row["step"])

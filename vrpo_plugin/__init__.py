@@ -8,6 +8,7 @@ from vrpo_plugin.errors import (
     DataError,
     HostChangedError,
     HostNotFoundError,
+    NonFiniteError,
     PatchConflictError,
     ShapeError,
     VRPOError,
@@ -27,6 +28,7 @@ from vrpo_plugin.hosts import (
     apply_vrpo_to_sit,
 )
 from vrpo_plugin.modules.aligner import VRPOAligner, VRPOOutput
+from vrpo_plugin.modules.guard import NonFiniteGuard
 
 __all__ = [
     "CheckpointError",
@@ -35,6 +37,8 @@ __all__ = [
     "HostChangedError",
     "HostNotFoundError",
     "HostSpec",
+    "NonFiniteError",
+    "NonFiniteGuard",
     "PatchConflictError",
     "RewardState",
     "ShapeError",

@@ -33,6 +33,10 @@ class PatchConflictError(VRPOError):
     """Something is already patched or attached, with another configuration."""
 
 
+class NonFiniteError(VRPOError):
+    """Too many steps in a row were not finite."""
+
+
 class CheckpointError(VRPOError):
     """A checkpoint is missing, incomplete, damaged, or belongs to another run."""
 

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -18,33 +19,49 @@ TINY = shlex.split("""
 """)
 
 
-def environment() -> dict[str, str]:
+FAULTY = Path(__file__).with_name("faulty.py")
+
+
+def environment(fault: str | None = None) -> dict[str, str]:
     """One thread and no GPU: the same numbers everywhere."""
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_"))}
-    return variables | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(REPO)}
+    variables |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(REPO)}
+    return variables | ({"VRPO_FAULT": fault} if fault else {})
 
 
-def command(output: Path, name: str, *options: str, processes: int = 1) -> list[str]:
+def command(output: Path, name: str, *options: str, processes: int = 1, script: Path = SCRIPT) -> list[str]:
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     if processes > 1:
         port = 29500 + os.getpid() % 2000
         launcher += ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", str(port)]
     else:
         launcher += ["--num_processes", "1"]
-    return [*launcher, str(SCRIPT), "--output-dir", str(output), "--exp-name", name, *TINY, *options]
+    return [*launcher, str(script), "--output-dir", str(output), "--exp-name", name, *TINY, *options]
 
 
-def run(output: Path, name: str, *options: str, processes: int = 1, encoder: Path | None = None) -> Path:
-    """Runs to the end under ``accelerate launch``; returns the run's folder."""
+def launch(
+    output: Path,
+    name: str,
+    *options: str,
+    processes: int = 1,
+    encoder: Path | None = None,
+    fault: str | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Runs under ``accelerate launch``, with a fault as ``faulty.py`` says."""
     if encoder is not None:
         options = ("--enc-checkpoint", str(encoder), *options)
-    result = subprocess.run(
-        command(output, name, *options, processes=processes),
-        env=environment(),
+    return subprocess.run(
+        command(output, name, *options, processes=processes, script=FAULTY if fault else SCRIPT),
+        env=environment(fault),
         capture_output=True,
         text=True,
         timeout=600,
     )
+
+
+def run(output: Path, name: str, *options: str, **kwargs: Any) -> Path:
+    """As :func:`launch`, to the end; returns the run's folder."""
+    result = launch(output, name, *options, **kwargs)
     assert result.returncode == 0, result.stdout + result.stderr
     return output / name
 

@@ -1,0 +1,79 @@
+"""The example trainer with one fault, as ``VRPO_FAULT=WHAT:STEP:RANK`` says; ``skip`` does nothing at that step."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
+import train_repa_vrpo as example  # noqa: E402
+
+WHAT, _STEP, _RANK = os.environ["VRPO_FAULT"].split(":")
+STEP, RANK = int(_STEP), int(_RANK)
+
+
+class FaultyTrainer(example.Trainer):
+    """Puts a NaN where it is told to."""
+
+    def _train_step(self, loader: Any) -> dict[str, Tensor]:
+        if self.step != STEP:
+            return super()._train_step(loader)
+        if WHAT == "skip":
+            next(loader)
+            return {name: torch.tensor(float(name == "skipped")) for name in self.metrics.names}
+        here = self.accelerator.process_index == RANK
+        undo = getattr(self, f"_{WHAT}")() if here else lambda: None
+        if WHAT == "latent" and here:
+            batch = next(loader)
+            batch["x0"][1, 0, 2, 3] = torch.nan
+            loader = iter([batch])
+        metrics = super()._train_step(loader)
+        undo()
+        return metrics
+
+    def _latent(self) -> Any:
+        return lambda: None
+
+    def _target(self) -> Any:
+        encode = self.encode
+
+        def broken(images: Tensor) -> tuple[Tensor, ...]:
+            z = encode(images)
+            z[0][2, 1] = torch.inf
+            return z
+
+        self.encode = broken
+        return lambda: setattr(self, "encode", encode)
+
+    def _reward(self) -> Any:
+        readout = self.model.vrpo.generation
+        pathwise = readout._pathwise_rewards
+
+        def broken(*args: Any) -> Tensor:
+            values = pathwise(*args)
+            return values * torch.where(torch.arange(values.shape[1]) == 1, torch.nan, 1.0)
+
+        readout._pathwise_rewards = broken
+        return lambda: setattr(readout, "_pathwise_rewards", pathwise)
+
+    def _gradient(self) -> Any:
+        # After the processes have exchanged gradients: one of them is wrong on this one alone.
+        clip, parameter = self.accelerator.clip_grad_norm_, next(iter(self.clip_groups[0]))
+
+        def broken(*args: Any) -> Tensor:
+            assert parameter.grad is not None
+            parameter.grad.view(-1)[0] = torch.nan
+            return clip(*args)
+
+        self.accelerator.clip_grad_norm_ = broken
+        return lambda: setattr(self.accelerator, "clip_grad_norm_", clip)
+
+
+example.Trainer = FaultyTrainer
+
+if __name__ == "__main__":
+    example.main()
