@@ -70,7 +70,7 @@ class Trainer:
         optimizer = build_optimizer(options, self.model)
         self.step_module, self.optimizer = accelerator.prepare(step_module, optimizer)
         self.clip_groups = parameter_groups(self.model)
-        self.guard = NonFiniteGuard(self.optimizer.optimizer, self.model.buffers(), scaler=accelerator.scaler)
+        self.guard = NonFiniteGuard(self.optimizer.optimizer, self.model, scaler=accelerator.scaler)
         self.painter = Painter(options, config, self.source, decode, device) if decode else None
         self.metrics = MetricBuffer(accelerator)
         self.skipped = SkippedSteps(options.max_skipped_steps)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vrpo_plugin.errors import ConfigError, explain
@@ -18,7 +18,7 @@ class NonFiniteGuard:
 
     Args:
         optimizer: made with ``fused=True``: only a fused step can be left out on the device.
-        buffers: tensors that a forward pass changes and that a step left out must not have changed.
+        model: its buffers are those that a forward pass changes, and that a step left out must not have changed.
         scaler: of fp16 training; it is told of the decision.
 
     Raises:
@@ -26,18 +26,18 @@ class NonFiniteGuard:
     """
 
     def __init__(
-        self, optimizer: Optimizer, buffers: Iterable[Tensor] = (), *, scaler: torch.amp.GradScaler | None = None
+        self, optimizer: Optimizer, model: nn.Module, *, scaler: torch.amp.GradScaler | None = None
     ) -> None:
         if not all(group.get("fused") for group in optimizer.param_groups):
             raise ConfigError(
                 explain("optimizer", expected="a fused one", got=type(optimizer).__name__, do="Pass fused=True to it.")
             )
-        self.optimizer, self.buffers, self.scaler = optimizer, list(buffers), scaler
+        self.optimizer, self.model, self.scaler = optimizer, model, scaler
         self.kept: list[Tensor] = []
 
     def keep(self) -> None:
         """Remembers the buffers."""
-        self.kept = [buffer.clone() for buffer in self.buffers]
+        self.kept = [buffer.clone() for buffer in self.model.buffers()]
 
     @torch.no_grad()
     def check(self, norms: Iterable[Tensor], counts: Iterable[Tensor] = ()) -> Tensor:
@@ -54,7 +54,8 @@ class NonFiniteGuard:
         skipped = 1 - sound.all().float()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(skipped, op=dist.ReduceOp.MAX)
-        for buffer, kept in zip(self.buffers, self.kept, strict=True):
+        # Looked up again: compiled code gives the model new buffers.
+        for buffer, kept in zip(self.model.buffers(), self.kept, strict=True):
             buffer.copy_(torch.where(skipped > 0, kept, buffer))
         if self.scaler is None:
             self.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # what a scaler hands to a fused step
