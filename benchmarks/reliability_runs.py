@@ -14,11 +14,11 @@ from reliability_parts import Part
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "examples"))
 
-import harness  # noqa: E402
+import harness
 
-from vrpo_plugin.evaluation.small_training import train_small_features  # noqa: E402
-from vrpo_plugin.reference.checkpoint import SAVING  # noqa: E402
-from vrpo_plugin.reference.sources import DigitsSource, all_images  # noqa: E402
+from vrpo_plugin.evaluation.small_training import train_small_features
+from vrpo_plugin.reference.checkpoint import SAVING
+from vrpo_plugin.reference.sources import DigitsSource, all_images
 
 STEPS = 12  # of harness.TINY
 
