@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vrpo_plugin.functional.rewards import RewardState
 from vrpo_plugin.modules.aligner import VRPOAligner, VRPOOutput
+from vrpo_plugin.modules.guard import NonFiniteGuard
 
 # Operators whose result, or its shape, the host must wait for.
 WAITING = {"aten::_local_scalar_dense", "aten::item", "aten::equal", "aten::is_nonzero"}
@@ -157,6 +158,26 @@ def test_a_step_waits_for_nothing(setting: str) -> None:
         with NoHostSync(is_step_counter):
             out = step(model, aligner, optimizer, batch)
         assert torch.isfinite(out.loss)
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_leaving_a_step_out_waits_for_nothing(bad: bool) -> None:
+    model = TinySiT()
+    aligner = tiny_aligner().attach(model)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    guard = NonFiniteGuard(optimizer, model)
+    batch = make_batch(16)
+    if bad:
+        batch.x0[0] = torch.nan
+    with NoHostSync():
+        guard.keep()
+        out = align(model, aligner, batch)
+        out.loss.backward()
+        # What clip_grad_norm_ computes, without its move to the "cpu" device, which here is no move.
+        norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+        skipped = guard.check([norm], [out.metrics["vrpo/nonfinite"]])
+        optimizer.step()
+    assert float(skipped) == bad
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The example's parts on FSDP2 shards: two gloo processes train as one process does."""
+"""The example's parts on FSDP2 shards: two gloo processes train, and leave out a bad step, as one process does."""
 
 import sys
 from pathlib import Path
@@ -13,10 +13,12 @@ from fakes.gloo import on_two_processes
 from train_options import parse_options
 from train_parts import TrainingStep, build_ema, build_model, build_optimizer, parameter_groups, update_ema
 
+from vrpo_plugin import NonFiniteGuard
 from vrpo_plugin.reference.sources import DigitsSource
 from vrpo_plugin.targets import Targets
 
 STEPS, BATCH = 20, 16
+BAD_STEP = 7  # a gradient of the last process's shard is not a number
 ARGUMENTS = ["--scale", "none", "--reward-weights", "semantic=0.5,perceptual=0.5", "--critic-width", "16"]
 
 
@@ -49,15 +51,20 @@ def _train(rank: int, world_size: int) -> tuple[list[float], dict[str, torch.Ten
             fully_shard(block, mesh=mesh)
         fully_shard(step_module, mesh=mesh)
     optimizer = build_optimizer(options, model)
+    guard = NonFiniteGuard(optimizer, model)
     losses = []
     for step in range(STEPS):
+        guard.keep()
         loss, _ = step_module(*_batch(step, rank, world_size), step)
         loss.backward()
-        for group in parameter_groups(model):
-            torch.nn.utils.clip_grad_norm_(group, 1.0)
+        if (step, rank) == (BAD_STEP, world_size - 1):
+            parameter = parameter_groups(model)[0][0]
+            (parameter.grad.to_local() if world_size > 1 else parameter.grad).view(-1)[0] = torch.nan
+        norms = [torch.nn.utils.clip_grad_norm_(group, 1.0) for group in parameter_groups(model)]
+        skipped = guard.check([norm.full_tensor() if world_size > 1 else norm for norm in norms])
         optimizer.step()
         optimizer.zero_grad()
-        update_ema(ema, model, 0.9, step)
+        update_ema(ema, model, 0.9, step, skipped)
         mean = loss.detach().clone()
         if world_size > 1:
             dist.all_reduce(mean)
