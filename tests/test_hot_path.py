@@ -176,7 +176,7 @@ def test_leaving_a_step_out_waits_for_nothing(bad: bool) -> None:
         # What clip_grad_norm_ computes, without its move to the "cpu" device, which here is no move.
         norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
         skipped = guard.check([norm], [out.metrics["vrpo/nonfinite"]])
-        optimizer.step()
+    optimizer.step()  # torch's own; it moves the decision to the parameters' device, the "cpu"
     assert float(skipped) == bad
 
 
