@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ import torch
 from accelerate import Accelerator
 from einops import rearrange
 from torch import Tensor
+from tqdm import tqdm
 from train_options import ENCODER_PREFIX, FREE_ON_RESUME, TrainOptions
 
 import vrpo_plugin
 from vrpo_plugin import CheckpointError, ConfigError, NonFiniteError, VRPOConfig
 from vrpo_plugin.errors import explain
 from vrpo_plugin.evaluation.protocol import EvalProtocol, EvalResult, evaluate
+from vrpo_plugin.modules.collapse import describe_collapse
 from vrpo_plugin.reference.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, write_text_atomic
 from vrpo_plugin.reference.sampler import sample
 from vrpo_plugin.reference.sit import SiT
@@ -91,7 +94,8 @@ class RunFolder:
         """Drops the lines after ``step``: steps between the checkpoint and the kill are trained again."""
         path = self.path / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        write_text_atomic(path, "".join(lines[:step]))
+        if lines:
+            write_text_atomic(path, "".join(lines[:step]))
         if len(lines) < step:
             raise CheckpointError(
                 explain(str(path), expected=f"{step} lines", got=len(lines), do="Restore it, or start a new run.")
@@ -193,6 +197,20 @@ class SkippedSteps:
                         do="Weights and moments are those before that step: look at what is named there.",
                     )
                 )
+
+
+class FallbackNotice:
+    """Says once that the rewards have collapsed."""
+
+    def __init__(self) -> None:
+        self.said = False
+
+    def add(self, rows: Sequence[Mapping[str, float | int | None]]) -> None:
+        """Takes the rows of metrics.jsonl, in order."""
+        for row in rows:
+            if (reason := row.get("vrpo/fallback")) and not self.said:
+                self.said = True
+                tqdm.write(f"step {row['step']}: {describe_collapse(reason)}", file=sys.stderr)
 
 
 class Painter:

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from train_options import TrainOptions, parse_options, to_dict
-from train_output import MetricBuffer, Painter, RunFolder, SkippedSteps
+from train_output import FallbackNotice, MetricBuffer, Painter, RunFolder, SkippedSteps
 from train_parts import (
     TrainingStep,
     build_decoder,
@@ -73,13 +73,15 @@ class Trainer:
         self.guard = NonFiniteGuard(self.optimizer.optimizer, self.model, scaler=accelerator.scaler)
         self.painter = Painter(options, config, self.source, decode, device) if decode else None
         self.metrics = MetricBuffer(accelerator)
-        self.skipped = SkippedSteps(options.max_skipped_steps)
+        self.skipped, self.fallback = SkippedSteps(options.max_skipped_steps), FallbackNotice()
         self.step = 0
 
     def resume(self) -> None:
         """Loads the newest complete checkpoint of this run, if there is one."""
         found = self.folder.latest()
         if found is None:
+            if self.options.resume and self.accelerator.is_main_process:
+                self.folder.cut_metrics(0)  # of a run that was killed before its first checkpoint
             return
         tensors, state = found
         set_model_state_dict(self.model, dict(tensors["model"]), options=FULL)
@@ -178,6 +180,7 @@ class Trainer:
         self.skipped.add(rows)
         if not rows or not self.accelerator.is_main_process:
             return
+        self.fallback.add(rows)
         for row in rows:
             numbers = {k: v for k, v in row.items() if k != "step" and v is not None}
             self.accelerator.log(numbers, step=row["step"])

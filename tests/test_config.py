@@ -39,6 +39,7 @@ OTHER_VALUES: dict[str, Any] = {
     "critic_width": 32,
     "critic_checkpoint": "critic.safetensors",
     "critic_trainable": False,
+    "fallback": False,
     "path_type": "cosine",
 }
 

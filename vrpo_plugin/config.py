@@ -72,6 +72,8 @@ class VRPOConfig:
         critic_width: channels at the token grid.
         critic_checkpoint: safetensors file written by ``vrpo train-critic``; None starts from scratch.
         critic_trainable: False freezes the critic (needs ``critic_checkpoint``).
+        fallback: where the critic or the rewards collapse (equation 18), the rewards lose their weight for the rest of
+            the run, and the features part goes on as REPA's static alignment.
         path_type: ``linear`` or ``cosine`` interpolant, for x0_hat.
 
     Raises:
@@ -107,6 +109,7 @@ class VRPOConfig:
     critic_width: int = 256
     critic_checkpoint: str | None = None
     critic_trainable: bool = True
+    fallback: bool = True
     path_type: Literal["linear", "cosine"] = "linear"
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "VRPOConfig":

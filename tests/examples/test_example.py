@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -19,6 +20,7 @@ from vrpo_plugin.evaluation.small_training import train_small_features
 from vrpo_plugin.reference.sources import DigitsSource, all_images
 
 pytestmark = pytest.mark.slow
+TWENTY = ("--max-train-steps", "20", "--checkpointing-steps", "20")
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +57,10 @@ def test_run_writes_metrics_curves_grid_and_checkpoints(encoder: Path, tmp_path:
         assert (folder / name).stat().st_size > 0
 
 
-def test_killed_run_resumes_bitwise(encoder: Path, straight: Path, tmp_path: Path) -> None:
-    options = ("--enc-checkpoint", str(encoder), "--resume")
+@pytest.mark.parametrize("checkpointing_steps", [4, 12])
+def test_killed_run_resumes_bitwise(checkpointing_steps: int, encoder: Path, straight: Path, tmp_path: Path) -> None:
+    every = ("--checkpointing-steps", str(checkpointing_steps))
+    options = ("--enc-checkpoint", str(encoder), "--resume", *every)
     process = subprocess.Popen(
         harness.command(tmp_path, "run", *options),
         env=harness.environment(),
@@ -66,15 +70,16 @@ def test_killed_run_resumes_bitwise(encoder: Path, straight: Path, tmp_path: Pat
     )
     first, metrics = tmp_path / "run" / "checkpoints" / "0000004", tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 300
-    # Killed between two checkpoints: after the first is there and a later line is on disk.
-    while not (first.exists() and metrics.exists() and len(metrics.read_text().splitlines()) > 4):
+    # Killed after a line that no checkpoint covers: one is there already, or the first is still to come.
+    wanted = 4 if checkpointing_steps == 4 else 0
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > wanted and first.exists() == (wanted > 0)):
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "run" / "checkpoints" / "0000012").exists()
-    resumed = harness.run(tmp_path, "run", "--resume", encoder=encoder)
+    resumed = harness.run(tmp_path, "run", "--resume", *every, encoder=encoder)
     harness.assert_same(resumed, straight, 12)
 
 
@@ -83,17 +88,18 @@ def test_same_seed_twice_is_identical(encoder: Path, straight: Path, tmp_path: P
 
 
 def test_two_processes_equal_one(encoder: Path, tmp_path: Path) -> None:
-    fixed = ("--scale", "none", "--reward-weights", "semantic=0.5,perceptual=0.5", "--group-size", "8")
+    fixed = ("--scale", "none", "--reward-weights", "semantic=0.5,perceptual=0.5", "--group-size", "8", *TWENTY)
     one = harness.run(tmp_path, "one", *fixed, encoder=encoder)
     two = harness.run(tmp_path, "two", *fixed, processes=2, encoder=encoder)
     # Per-process strata differ, so what depends on them (advantages, deviations within groups) is not compared.
     compared = ("loss", "denoising_loss", "proj_loss", "generation_loss", "critic_loss", "grad_norm", "vrpo/critic_cos")
+    # Batches and gradients are summed in another order; float32 rounds at 6e-8, and twenty steps of Adam let it grow.
     for a, b in zip(harness.metrics(one), harness.metrics(two), strict=True):
         for name in compared:
             assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), (a["step"], name)
-    ours, theirs = harness.weights(one, 12), harness.weights(two, 12)
+    ours, theirs = harness.weights(one, 20), harness.weights(two, 20)
     # The reward statistics see other strata on two processes; everything trained must agree.
-    trained = [k for k in ours if k.startswith(("model/", "ema/")) and ".statistics." not in k]
+    trained = [k for k in ours if k.startswith(("model/", "ema/")) and not re.search(r"\.(statistics|watch)\.", k)]
     for name in trained:
         torch.testing.assert_close(ours[name].float(), theirs[name].float(), rtol=1e-5, atol=1e-5, msg=name)
 
@@ -106,11 +112,12 @@ def test_two_processes_with_groups_stay_close(encoder: Path, straight: Path, tmp
 
 
 def test_accumulation_equals_one_batch(encoder: Path, tmp_path: Path) -> None:
-    fixed = ("--scale", "none", "--reward-weights", "semantic=0.5,perceptual=0.5")
+    fixed = ("--scale", "none", "--reward-weights", "semantic=0.5,perceptual=0.5", *TWENTY)
     whole = harness.run(tmp_path, "whole", *fixed, "--batch-size", "8", encoder=encoder)
     split = harness.run(
         tmp_path, "split", *fixed, "--batch-size", "1", "--gradient-accumulation-steps", "8", encoder=encoder
     )
+    # As above: one sum over eight samples against eight sums.
     for a, b in zip(harness.metrics(whole), harness.metrics(split), strict=True):
         for name in ("loss", "denoising_loss", "generation_loss", "critic_loss", "grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), (a["step"], name)

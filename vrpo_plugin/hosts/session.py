@@ -15,6 +15,7 @@ from vrpo_plugin.errors import ConfigError, HostChangedError, HostNotFoundError,
 from vrpo_plugin.hosts.aligner import HostAligner
 from vrpo_plugin.hosts.base import Aligned, HostSpec
 from vrpo_plugin.hosts.options import HostOptions
+from vrpo_plugin.modules.collapse import describe_collapse
 from vrpo_plugin.patching.handle import PatchHandle
 
 logger = logging.getLogger("vrpo_plugin")
@@ -132,6 +133,7 @@ class Tracker:
         self._values: Tensor | None = None
         self._copied: Any = None
         self._kept: Mapping[str, Tensor] | None = None
+        self._warned = False
 
     def keep(self, metrics: Mapping[str, Tensor]) -> None:
         """As :meth:`record`, for compiled code: nothing is done with them before they are asked for."""
@@ -165,7 +167,11 @@ class Tracker:
             return {}
         if self._copied is not None:
             self._copied.synchronize()
-        return dict(zip(self._names, self._values.tolist(), strict=True))
+        values = dict(zip(self._names, self._values.tolist(), strict=True))
+        if values.get("vrpo/fallback") and not self._warned:
+            self._warned = True
+            logger.warning("vrpo_plugin: %s", describe_collapse(values["vrpo/fallback"]))
+        return values
 
 
 def is_main_process() -> bool:

@@ -51,7 +51,7 @@ class VRPOOutput:
         features_loss: scalar, the negative reward of the features readout; REPA's projection loss.
         release: share of the features part that its schedule has left, in [0, 1].
         generation_loss: scalar, the policy loss of the generation readout.
-        reward_release: share of the generation part that its schedule has left, in [0, 1].
+        reward_release: share of the generation part that its schedule has left, in [0, 1]; 0 after a fallback.
         critic_loss: scalar, 1 - mean cosine of the critic on clean latents.
         rewards: name to (B,), without gradient; NaN where a reward is not finite or did not score the sample.
         weights: name to (S,), the share of each optimised reward in each group.
@@ -325,7 +325,9 @@ class VRPOAligner(nn.Module):
         reward_release = self._left(self.config.reward_release, self.config.reward_release_steps, step)
         policy_loss = self.config.proj_coeff * release * features_loss
         loss = policy_loss
-        if generated is not None:
+        if generated is not None and self.generation is not None:
+            if self.config.fallback:
+                reward_release = reward_release * self.generation.watch.share
             policy_loss = policy_loss + self.config.reward_coeff * reward_release * generated.loss
             loss = policy_loss + self.config.critic_coeff * generated.critic_loss
         return VRPOOutput(

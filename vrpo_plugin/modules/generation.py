@@ -16,6 +16,7 @@ from vrpo_plugin.functional.policy import gaussian_log_prob, pathwise_policy_los
 from vrpo_plugin.functional.rewards import RewardState, feature_distance, fidelity_reward, semantic_reward
 from vrpo_plugin.functional.tensors import finite_samples, masked_mean, zero_unless
 from vrpo_plugin.functional.weights import inverse_variance_weights
+from vrpo_plugin.modules.collapse import CollapseWatch
 from vrpo_plugin.modules.critic import CriticOutput, LatentCritic
 from vrpo_plugin.modules.statistics import RewardStatistics
 
@@ -70,6 +71,7 @@ class GenerationReadout(nn.Module):
         self.names = (*self.pathwise_names, *black_box_rewards)
         self.watched = self.names if "fidelity" in self.names else (*self.names, "fidelity")
         self.statistics = RewardStatistics(len(self.watched), decay=config.variance_decay)
+        self.watch = CollapseWatch()
         self.register_buffer("shares", self._fixed_shares(), persistent=False)
 
     def _fixed_shares(self) -> Tensor | None:
@@ -125,13 +127,15 @@ class GenerationReadout(nn.Module):
                 epsilon=self.config.epsilon,
                 valid=valid[black_box].any(0),
             )
+        metrics = self._metrics(rewards, valid, moments, weights, advantages, sound) | agreement
+        self._watch(metrics)
         return GenerationOutput(
             loss=loss,
             critic_loss=critic_loss,
             rewards=dict(zip(self.watched, torch.where(valid, rewards, torch.nan), strict=True)),
             weights=dict(zip(self.names, weights.squeeze(-1), strict=True)),
             advantages=groups.join(advantages),
-            metrics=self._metrics(rewards, valid, moments, weights, advantages, sound) | agreement,
+            metrics=metrics | {"vrpo/fallback": self.watch.reason.float()},
         )
 
     def _learn(self, state: RewardState, sound: Tensor) -> tuple[Tensor, CriticOutput | None, dict[str, Tensor]]:
@@ -261,6 +265,19 @@ class GenerationReadout(nn.Module):
         metrics["vrpo/frac_reward_zero_std"] = 1 - moments.live[: len(self.names)].any(0).float().mean()
         metrics["vrpo/nonfinite"] = (~sound | torch.isinf(rewards).any(0)).sum().float()
         return metrics
+
+    def _watch(self, metrics: dict[str, Tensor]) -> None:
+        if not (self.training and self.config.fallback):
+            return
+        weighted = [metrics[f"vrpo/weight/{name}"] * metrics[f"vrpo/reward/{name}"] for name in self.names]
+        live = 1 - metrics["vrpo/frac_reward_zero_std"]
+        unknown = torch.full_like(live, torch.nan)
+        self.watch.update(
+            agreement=metrics.get("vrpo/critic_cos", unknown),
+            live=live,
+            fidelity=unknown if "fidelity" in self.names else metrics["vrpo/reward/fidelity"],
+            reward=torch.stack(weighted).sum(),
+        )
 
 
 def _call_reward(name: str, reward: Reward, state: RewardState) -> tuple[Tensor, Tensor | None]:
