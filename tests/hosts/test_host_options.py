@@ -73,7 +73,12 @@ def test_each_key_by_itself_and_the_process_environment(tmp_path: Path, monkeypa
 def test_a_file_can_hold_every_key(kind: str, tmp_path: Path) -> None:
     config = VRPOConfig(reward_weights={"semantic": 1, "perceptual": 3}, layers=(2, 4), critic_checkpoint="c.pt")
     options = HostOptions(encoder="a", encoder_checkpoint="b", compat=("resume", "sit_s"), allow_unverified=True)
-    values = config.to_dict() | {"compat": ["resume", "sit_s"], "allow_unverified": True, "log_every": 100}
+    values = config.to_dict() | {
+        "compat": ["resume", "sit_s"],
+        "allow_unverified": True,
+        "log_every": 100,
+        "max_skipped_steps": 100,
+    }
     values |= {"encoder": "a", "encoder_checkpoint": "b"}
     assert values.keys() == KEYS
     assert resolve_settings(file=write(tmp_path, values, kind), environ={}) == (config, options)
@@ -158,7 +163,7 @@ def test_yaml_as_people_write_it(tmp_path: Path) -> None:
 def test_plain_words_and_flags() -> None:
     assert parse_value("a-word") == "a-word"
     assert parse_value("a=1,b=x") == {"a": 1, "b": "x"}
-    assert {"critic_trainable", "allow_unverified"} == FLAGS
+    assert {"critic_trainable", "fallback", "allow_unverified"} == FLAGS
 
 
 # ---- objects ----

@@ -82,7 +82,7 @@ def test_it_trains_and_logs_rewards_and_puts_back_what_it_replaced(folder: Path)
         assert all(torch.isfinite(torch.tensor([*row.values()])))
     assert history[0]["vrpo/align_cos"] < history[-1]["vrpo/align_cos"]
     assert isinstance(ran["model"].vrpo, HostAligner)
-    assert handle.seams == ("Net.__init__", "Net.forward", "FlowLoss.__call__")
+    assert handle.seams == ("Net.__init__", "Net.forward", "FlowLoss.__call__", "torch.optim.AdamW.step")
     assert handle.fired["FlowLoss.__call__"] == 5
     assert handle not in active_handles()
     after = methods(net.Net, objective.FlowLoss)

@@ -11,6 +11,7 @@ from vrpo_plugin.config import VRPOConfig, check_keys
 from vrpo_plugin.errors import HostNotFoundError, explain
 from vrpo_plugin.hosts.base import HostSpec
 from vrpo_plugin.hosts.compat import selected
+from vrpo_plugin.hosts.guard import guarded_step
 from vrpo_plugin.hosts.known import find_spec
 from vrpo_plugin.hosts.options import CONFIG_KEYS, KEYS, OPTION_KEYS, HostOptions, resolve_settings
 from vrpo_plugin.hosts.session import Session
@@ -53,7 +54,12 @@ def apply_vrpo(
 
     def seams(handle: PatchHandle) -> Sequence[Seam]:
         session = Session(spec, config, options, handle, modules)
-        return [*_seams(session), *spec.seams(session), *(seam for shim in selected(session) for seam in shim)]
+        return [
+            *_seams(session),
+            *spec.seams(session),
+            *guarded_step(session),
+            *(seam for shim in selected(session) for seam in shim),
+        ]
 
     return apply_patch(spec.name, (config, options), seams)
 

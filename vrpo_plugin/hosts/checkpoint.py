@@ -17,7 +17,7 @@ from vrpo_plugin.errors import CheckpointError, explain
 # The aligner is the attribute ``vrpo`` of the host's model; DDP and torch.compile put their own names before it.
 _ALIGNER_KEY = re.compile(r"(?:module\.|_orig_mod\.)*vrpo\.(?P<name>.*)")
 # What of the aligner's state is no parameter, and hence not in an optimizer: its step, and RewardStatistics.
-_BUFFERS = {"step", "generation.statistics.square_sum", "generation.statistics.count"}
+_BUFFERS = re.compile(r"step$|generation\.(statistics|watch)\.")
 _WEIGHTS = ("model", "ema")
 
 
@@ -106,7 +106,7 @@ def without_aligner(checkpoint: Mapping[str, Any], name: str) -> tuple[dict[str,
 def is_aligner_parameter(key: str) -> bool:
     """Whether a key of a model's state is one of the aligner's parameters."""
     found = _ALIGNER_KEY.match(key)
-    return found is not None and found["name"] not in _BUFFERS
+    return found is not None and not _BUFFERS.match(found["name"])
 
 
 def _without_keys(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -24,6 +24,8 @@ class HostOptions:
         encoder_checkpoint: its local weights, as many as names; None takes timm's, from the local cache or by download.
         compat: cures of upstream breakages: ``all``, ``none``, or their names.
         log_every: training calls between lines of text, where the host has no tracker to log to.
+        max_skipped_steps: optimizer steps whose gradients are not finite are left out; more than so many in a row end
+            the run. 0 leaves the optimizer alone.
         allow_unverified: accept a host whose code differs from the verified commits, but not its signatures.
 
     Raises:
@@ -34,6 +36,7 @@ class HostOptions:
     encoder_checkpoint: str | None = None
     compat: str | tuple[str, ...] = "all"
     log_every: int = 100
+    max_skipped_steps: int = 100
     allow_unverified: bool = False
 
     def __post_init__(self) -> None:
@@ -46,8 +49,10 @@ class HostOptions:
             raise ConfigError(
                 explain("allow_unverified", expected="True or False", got=repr(self.allow_unverified), do="Correct it.")
             )
-        if isinstance(self.log_every, bool) or not isinstance(self.log_every, int) or self.log_every < 0:
-            raise ConfigError(explain("log_every", expected="an int >= 0", got=repr(self.log_every), do="Correct it."))
+        for name in ("log_every", "max_skipped_steps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ConfigError(explain(name, expected="an int >= 0", got=repr(value), do="Correct it."))
 
     def _check_encoder(self) -> None:
         for name in ("encoder", "encoder_checkpoint"):

@@ -14,6 +14,7 @@ from vrpo_plugin.config import VRPOConfig
 from vrpo_plugin.errors import ConfigError, HostChangedError, HostNotFoundError, explain
 from vrpo_plugin.hosts.aligner import HostAligner
 from vrpo_plugin.hosts.base import Aligned, HostSpec
+from vrpo_plugin.hosts.guard import HostGuard, check_skipped
 from vrpo_plugin.hosts.options import HostOptions
 from vrpo_plugin.modules.collapse import describe_collapse
 from vrpo_plugin.patching.handle import PatchHandle
@@ -43,12 +44,14 @@ class Session:
         self.idle = config.reward_coeff == 0 and (
             config.features == "host" or (config.features == "none" and not spec.projects)
         )
-        self.tracker = Tracker(options.log_every if spec.log_key is None else 0)
+        self.guard = HostGuard()
+        self.tracker = Tracker(options.log_every if spec.log_key is None else 0, self.guard, options.max_skipped_steps)
         self.targets: Any = None  # of hosts whose encoder we make
         self.total_calls: int | None = None  # of the aligner in this run, where the host says it
         self.cache: dict[str, Any] = {}  # of the host's own conversion: constants on the device
         self.constructor_fixes: list[Callable[[dict[str, Any]], None]] = []  # of the shims
         self.aligner_parameters: set[int] = set()
+        self.model_parameters: set[int] = set()
         self._reported: set[str] = set()
 
     @property
@@ -87,6 +90,8 @@ class Session:
             config=config,
         )
         aligner.attach(model, getattr(model, self.spec.blocks))
+        self.guard.aligner = aligner
+        self.model_parameters |= {id(parameter) for parameter in model.parameters()}
         self.aligner_parameters |= {id(parameter) for parameter in aligner.parameters()}
         self.spec.installed(self, model)
         logger.info(
@@ -113,6 +118,11 @@ class Session:
             metrics = {**metrics, "vrpo/norm/x0_hat": rms}
         return Aligned(features, extra, metrics)
 
+    def owns(self, optimizer: torch.optim.Optimizer) -> bool:
+        """The optimizer updates the model that has the aligner."""
+        first = (group["params"][0] for group in optimizer.param_groups if group["params"])
+        return any(id(parameter) in self.model_parameters for parameter in first)
+
     def report(self, name: str, message: str) -> None:
         """Says once that a shim was used."""
         if name not in self._reported:
@@ -125,10 +135,13 @@ class Tracker:
 
     Args:
         log_every: calls between lines of text; 0 writes none.
+        guard: its counts are logged with them.
+        max_skipped_steps: in a row; more end the run.
     """
 
-    def __init__(self, log_every: int = 0) -> None:
+    def __init__(self, log_every: int = 0, guard: HostGuard | None = None, max_skipped_steps: int = 0) -> None:
         self.log_every, self.calls = log_every, 0
+        self.guard, self.max_skipped_steps = guard, max_skipped_steps
         self._names: tuple[str, ...] = ()
         self._values: Tensor | None = None
         self._copied: Any = None
@@ -143,6 +156,8 @@ class Tracker:
         """Keeps the metrics of one call."""
         if not metrics:  # nothing is measured: no features, no reward
             return
+        if self.max_skipped_steps and self.guard is not None:
+            metrics = {**metrics, **self.guard.counts(next(iter(metrics.values())).device)}
         if self.log_every and self.calls and self.calls % self.log_every == 0 and is_main_process():
             text = ", ".join(f"{name.removeprefix('vrpo/')}: {value:.4f}" for name, value in self.latest().items())
             logger.info("vrpo (call=%07d) %s", self.calls, text)  # the call before this one: it is long done
@@ -168,6 +183,7 @@ class Tracker:
         if self._copied is not None:
             self._copied.synchronize()
         values = dict(zip(self._names, self._values.tolist(), strict=True))
+        check_skipped(values, self.max_skipped_steps)
         if values.get("vrpo/fallback") and not self._warned:
             self._warned = True
             logger.warning("vrpo_plugin: %s", describe_collapse(values["vrpo/fallback"]))

@@ -53,7 +53,7 @@ class NonFiniteGuard:
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(skipped, op=dist.ReduceOp.MAX)
         # Looked up again: compiled code gives the model new buffers.
-        for buffer, kept in zip(self.model.buffers(), self.kept, strict=True):
+        for buffer, kept in zip(self.model.buffers() if self.kept else (), self.kept, strict=True):
             buffer.copy_(torch.where(skipped > 0, kept, buffer))
         if self.scaler is None:
             self.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # what a scaler hands to a fused step
