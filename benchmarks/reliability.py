@@ -2,6 +2,7 @@
 
     python benchmarks/reliability.py --output exps/reliability                 # all parts
     python benchmarks/reliability.py --output exps/reliability --parts kills   # 20 times kill -9
+    python benchmarks/reliability.py --output exps/reliability --parts calls   # 100,000 random calls
 
 Each part prints one line: what was tried, how often, and how often it failed. Any failure ends it with status 1.
 """
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from reliability_calls import calls
 from reliability_files import mutations
 from reliability_parts import Part
 from reliability_runs import kills
@@ -19,6 +21,7 @@ from reliability_runs import kills
 PARTS: dict[str, tuple[Callable[[Path, int, int], Part], int]] = {
     "kills": (kills, 20),
     "mutations": (mutations, 1000),
+    "calls": (calls, 100_000),
 }
 
 

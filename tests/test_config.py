@@ -49,7 +49,12 @@ INVALID = [
     ("features", ("policy",)),
     ("scale", ["none"]),
     *((f.name, value) for f in fields(VRPOConfig) if type(f.default) is float for value in (-0.1, math.nan, math.inf)),
-    *((f.name, value) for f in fields(VRPOConfig) if type(f.default) is float for value in ("0.5", None, True)),
+    *(
+        (f.name, value)
+        for f in fields(VRPOConfig)
+        if type(f.default) is float
+        for value in ("0.5", None, True, 10**400)
+    ),
     *((f.name, value) for f in fields(VRPOConfig) if type(f.default) is int for value in (-1, 1.0, "8", True)),
     *((name, 0) for name in ("projector_dim", "group_size", "critic_width")),
     *((name, 0.0) for name in ("variance_floor", "action_std", "weight_cap")),
@@ -75,6 +80,8 @@ INVALID = [
     ("reward_weights", {"semantic": math.nan}),
     ("reward_weights", {"semantic": math.inf}),
     ("reward_weights", {"semantic": "half"}),
+    ("reward_weights", {"semantic": 10**400}),
+    ("reward_weights", {"semantic": 1.7e308, "perceptual": 1.7e308}),
     ("reward_weights", {1: 0.5}),
     ("reward_weights", (("semantic", 1.0), ("semantic", 2.0))),
     ("reward_weights", ("semantic", "perceptual")),
@@ -99,6 +106,17 @@ def test_unknown_key_names_the_nearest(key: str, nearest: str) -> None:
             build({key: 1})
 
 
+@pytest.mark.parametrize("values", [None, "scale", ["scale"], 3])
+def test_plain_data_that_is_no_mapping_is_a_config_error(values: Any) -> None:
+    with pytest.raises(ConfigError, match=r"VRPOConfig\.from_dict: expected a mapping"):
+        VRPOConfig.from_dict(values)
+
+
+def test_a_key_that_is_no_text_is_unknown() -> None:
+    with pytest.raises(ConfigError, match=r"VRPOConfig key: expected .*, got 3\."):
+        VRPOConfig.from_dict({3: 1})  # type: ignore[dict-item]
+
+
 def test_unknown_key_without_a_neighbour_is_to_be_removed() -> None:
     with pytest.raises(ConfigError, match=r"VRPOConfig key: expected one of action_std, .*got 'xyzzy'. Remove it\."):
         VRPOConfig(xyzzy=1)  # type: ignore[call-arg]
@@ -110,7 +128,7 @@ def test_check_keys_passes_what_is_known() -> None:
         check_keys(["beta", "alpah"], iter(["beta", "alpha"]), subject="recipe")
 
 
-@pytest.mark.parametrize(("name", "value"), INVALID, ids=lambda x: str(x))
+@pytest.mark.parametrize(("name", "value"), INVALID, ids=lambda x: str(x)[:40])
 def test_invalid_value_is_a_config_error_that_names_its_field(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"^{name}: expected .*, got ") as caught:
         VRPOConfig(**{name: value})

@@ -4,6 +4,7 @@ import difflib
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -22,7 +23,7 @@ def check_keys(keys: Iterable[str], known: Iterable[str], *, subject: str) -> No
     known = sorted(known)
     for key in keys:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"Did you mean {near[0]!r}?" if near else "Remove it."
             raise ConfigError(explain(f"{subject} key", expected=f"one of {', '.join(known)}", got=repr(key), do=hint))
 
@@ -143,12 +144,7 @@ class VRPOConfig:
             if isinstance(default, bool):
                 if not isinstance(value, bool):
                     _fail(f.name, "True or False", value)
-            elif isinstance(default, (int, float)) and (
-                isinstance(value, bool)
-                or not isinstance(value, (int, float) if isinstance(default, float) else int)
-                or not math.isfinite(value)
-                or value < 0
-            ):
+            elif isinstance(default, (int, float)) and not _is_number(value, type(default)):
                 _fail(f.name, f"a finite {type(default).__name__} >= 0", value)
         for name in (
             "projector_dim",
@@ -192,10 +188,7 @@ class VRPOConfig:
                 _fail("aggregation", "sum_then_normalize with inverse-variance weights", self.aggregation)
         else:
             shares = [w for _, w in self.reward_weights]
-            if (
-                not all(isinstance(w, (int, float)) and math.isfinite(w) and w >= 0 for w in shares)
-                or not sum(shares) > 0
-            ):
+            if not all(_is_number(w, float) for w in shares) or not 0 < sum(shares) < math.inf:
                 _fail("reward_weights", "shares >= 0 with a sum > 0", self.reward_weights)
         if not isinstance(self.critic_checkpoint, (str, type(None))):
             _fail("critic_checkpoint", "a path or None", self.critic_checkpoint)
@@ -214,6 +207,9 @@ class VRPOConfig:
         Raises:
             ConfigError: as the constructor.
         """
+        if not isinstance(values, Mapping):
+            _fail("VRPOConfig.from_dict", "a mapping from key to value", values)
+        check_keys(values, (f.name for f in fields(cls)), subject="VRPOConfig")  # a key that is no text too
         return cls(**values)
 
     def for_run(self, total_steps: int) -> "VRPOConfig":
@@ -231,6 +227,12 @@ class VRPOConfig:
         if self.reward_weights != "inverse_variance":
             values["reward_weights"] = dict(self.reward_weights)
         return values
+
+
+def _is_number(value: object, kind: type) -> bool:
+    """A finite number >= 0 that a float can hold; True and False are none."""
+    kinds = (int, float) if kind is float else int
+    return isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
 
 def _sorted_shares(shares: Any) -> tuple[tuple[str, float], ...]:

@@ -144,6 +144,14 @@ def test_dead_groups_get_exactly_0(scale: Scale, dtype: torch.dtype, eps: float)
     assert advantages[4:].abs().gt(0).all()
 
 
+@every_scale
+def test_spreads_whose_square_float32_does_not_hold_are_dead(scale: Scale) -> None:
+    # Without an epsilon they would be divided by a deviation of 0.
+    rewards = torch.tensor([[1e-30, 3e-30], [0.0, 1.0]])
+    advantages = group_relative_advantages(rewards, scale=scale, eps=0)
+    assert torch.isfinite(advantages).all() and advantages[0].tolist() == [0, 0] and advantages[1, 1] > 0
+
+
 def test_dead_groups_leave_the_batch_denominator() -> None:
     alive = random(1, 6)
     mixed = torch.cat([torch.full((3, 6), 7.0, dtype=torch.float64), alive])

@@ -93,7 +93,7 @@ def test_image_groups_are_consecutive(images: int, draws: int) -> None:
     assert groups.join(groups.split(values)).equal(values)
 
 
-@pytest.mark.parametrize(("batch", "group_size"), [(7, 2), (3, 4), (0, 4)])
+@pytest.mark.parametrize(("batch", "group_size"), [(7, 2), (3, 4), (0, 4), (-4, 2)])
 def test_image_groups_of_an_uneven_batch_are_an_error(batch: int, group_size: int) -> None:
     with pytest.raises(ShapeError, match=f"expected a multiple of group_size={group_size}, got {batch}"):
         image_groups(batch, group_size)

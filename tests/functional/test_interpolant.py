@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from vrpo_plugin.errors import ConfigError
+from vrpo_plugin.errors import ConfigError, ShapeError
 from vrpo_plugin.functional.interpolant import PATH_TYPES, PathType, clean_estimate, noisy_sample, path_coefficients
 
 TIMES = torch.tensor([0.0, 0.1, 0.5, 0.75, 0.999, 1.0], dtype=torch.float64)
@@ -110,6 +110,13 @@ def test_unknown_path_is_a_config_error() -> None:
     for function in (noisy_sample, clean_estimate):
         with pytest.raises(ConfigError, match="path_type"):
             function(x0, noise, TIMES, "vp")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("function", [noisy_sample, clean_estimate])
+def test_nothing_is_broadcast(function) -> None:  # type: ignore[no-untyped-def]
+    x0, noise = pair()
+    with pytest.raises(ShapeError, match=r"expected .* Pass tensors of one batch"):
+        function(x0, noise[:, :1], TIMES)
 
 
 @both_paths

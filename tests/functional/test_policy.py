@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.distributions import Independent, Normal
 
-from vrpo_plugin.errors import ShapeError
+from vrpo_plugin.errors import ConfigError, ShapeError
 from vrpo_plugin.functional.advantages import (
     SCALES,
     Aggregation,
@@ -102,6 +102,14 @@ def test_log_prob_is_torchs(shape: tuple[int, ...], std: float) -> None:
     expected = Independent(Normal(mean, std), len(shape) - 1).log_prob(action)
     torch.testing.assert_close(gaussian_log_prob(action, mean, std), expected)
     torch.testing.assert_close(gaussian_log_prob(action, mean, torch.tensor(std, dtype=torch.float64)), expected)
+
+
+@pytest.mark.parametrize("std", [0, -0.1, math.nan])
+def test_log_prob_needs_a_deviation_and_one_shape(std: float) -> None:
+    with pytest.raises(ConfigError, match=r"std: expected > 0, got"):
+        gaussian_log_prob(torch.ones(2, 3), torch.ones(2, 3), std)
+    with pytest.raises(ShapeError, match=r"action: expected \(2, 3\), got \(1, 3\)"):
+        gaussian_log_prob(torch.ones(1, 3), torch.ones(2, 3), 1.0)
 
 
 def test_log_prob_with_a_deviation_per_sample() -> None:

@@ -103,6 +103,13 @@ def test_feature_distance_of_lists_of_two_lengths_is_an_error() -> None:
         feature_distance(maps(0), maps(1)[:2])
 
 
+def test_nothing_is_broadcast() -> None:
+    with pytest.raises(ShapeError, match=r"x0_hat: expected \(2, 3\), got \(1, 3\)"):
+        fidelity_reward(torch.ones(1, 3), torch.ones(2, 3))
+    with pytest.raises(ShapeError, match=r"features: expected"):
+        feature_distance([f[:1] for f in maps(0)], maps(1))
+
+
 def test_gradcheck() -> None:
     x, y = random(2, 3, 2, 2, seed=1).requires_grad_(), random(2, 3, 2, 2, seed=2).requires_grad_()
     assert torch.autograd.gradcheck(fidelity_reward, (x, y))

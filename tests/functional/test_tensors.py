@@ -47,7 +47,7 @@ def test_square_grid_of_a_square(side: int) -> None:
     assert square_grid(side * side) == (side, side)
 
 
-@given(st.integers(1, 10_000).filter(lambda n: round(n**0.5) ** 2 != n))
+@given(st.integers(1, 10_000).filter(lambda n: round(n**0.5) ** 2 != n) | st.integers(-9, 0))
 def test_square_grid_of_another_number_is_an_error(tokens: int) -> None:
     with pytest.raises(ShapeError, match=f"got {tokens}. Drop cls"):
         square_grid(tokens)
@@ -87,6 +87,8 @@ def test_resampling_of_low_precision_is_computed_in_float32(dtype: torch.dtype, 
 def test_wrong_number_of_tokens_is_an_error() -> None:
     with pytest.raises(ShapeError, match=r"tokens: expected 2 x 2, got 6\."):
         resample_tokens(tokens((2, 3)), (2, 2), (2, 2))
+    with pytest.raises(ShapeError, match=r"tokens: expected no empty grid"):
+        resample_tokens(torch.zeros(2, 0, 3), (0, 0), (2, 2))
 
 
 def test_no_host_sync() -> None:

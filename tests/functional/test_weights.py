@@ -8,7 +8,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from vrpo_plugin.errors import ConfigError
+from vrpo_plugin.errors import ConfigError, ShapeError
 from vrpo_plugin.functional.weights import inverse_variance_weights
 
 examples = settings(deadline=None, derandomize=True, max_examples=50)
@@ -137,6 +137,19 @@ def test_each_group_has_its_own_weights() -> None:
 def test_options_out_of_range_are_a_config_error(options: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="0 < cap <= 1, floor > 0"):
         weights_of([1.0, 2.0], **options)
+
+
+@pytest.mark.parametrize("variance", [[1e-42, 3e-42, 1.0], [1e-30, 3e-30, 1e38], [1e38, 3e38, 0.0]])
+def test_variances_whose_inverse_float32_does_not_hold(variance: list[float]) -> None:
+    weights = inverse_variance_weights(torch.tensor(variance), floor=1e-45)
+    ratio = 0.5 if variance[0] < 1e-38 else 0.75  # below the smallest normal number all are alike
+    np.testing.assert_allclose(weights, [ratio, 1 - ratio, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 3)])
+def test_no_reward_is_an_error(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ShapeError, match=r"variance: expected \(K, \.\.\.\), K >= 1"):
+        inverse_variance_weights(torch.ones(shape))
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -334,6 +334,12 @@ def test_a_name_is_used_once() -> None:
         lambda s: s.x0_hat.flatten(1),
         lambda s: mean_over_latent(s.x0_hat)[:-1],
         lambda s: (mean_over_latent(s.x0_hat), torch.ones(3, dtype=torch.bool)),
+        lambda s: (mean_over_latent(s.x0_hat), torch.ones(8)),
+        lambda s: (mean_over_latent(s.x0_hat), [True] * 8),
+        lambda s: (mean_over_latent(s.x0_hat), None, None),
+        lambda s: mean_over_latent(s.x0_hat).to(torch.complex64),
+        lambda s: [1.0] * 8,
+        lambda s: None,
     ],
 )
 @pytest.mark.parametrize("kind", ["rewards", "black_box_rewards"])
@@ -426,6 +432,30 @@ def test_rewards_of_other_precision_are_taken() -> None:
 
 
 # ---- samples that are not finite ----
+
+
+@pytest.mark.parametrize("shares", [{"semantic": 1, "perceptual": 2}, {"semantic": 1e-60, "perceptual": 2e-60}])
+def test_shares_sum_to_one_in_any_unit_and_precision(shares: dict[str, float]) -> None:
+    aligner = reward_aligner(built_in=tuple(shares), reward_weights=shares).bfloat16()
+    batch = make_batch(8)
+    weights = generate(aligner, batch, velocity_like(batch)).weights
+    torch.testing.assert_close(weights["semantic"], torch.full((2,), 1 / 3))
+    torch.testing.assert_close(weights["perceptual"], torch.full((2,), 2 / 3))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("estimate", [False, True])
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+def test_a_sample_whose_time_is_not_finite_is_left_out(path_type: str, estimate: bool, value: float) -> None:
+    batch, aligner = make_batch(8), reward_aligner(built_in=("semantic",), path_type=path_type)
+    made = velocity_like(batch)
+    t = torch.where(torch.arange(8) == 3, value, batch.t)
+    name = "x0_hat" if estimate else "velocity"
+    out = aligner(batch.z, x0=batch.x0, x_t=batch.x_t, t=t, **{name: made})
+    out.loss.backward()
+    assert made.grad is not None and torch.isfinite(made.grad).all()
+    assert not made.grad[3].any() and made.grad[2].any()
+    assert out.metrics["vrpo/nonfinite"] == 1 and out.advantages[3] == 0
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -36,7 +36,8 @@ class GroupMoments:
 def group_moments(rewards: Tensor, *, mask: Tensor | None = None) -> GroupMoments:
     """Mean-free rewards and variance of every group; NaN and infinite rewards are left out.
 
-    A group is dead, with deviations of exactly 0, when its spread is below the rounding error of its rewards.
+    A group is dead, with deviations of exactly 0, when its spread is below the rounding error of its rewards, or
+    squared below the smallest number there is.
 
     Args:
         rewards: (..., S, G) or (G,): S groups of G rewards.
@@ -72,6 +73,8 @@ def group_moments(rewards: Tensor, *, mask: Tensor | None = None) -> GroupMoment
     live = (highest - lowest > resolution) & (count >= 2)
     deviation = torch.where(valid & live, rewards - mean, 0)
     variance = deviation.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)
+    live = live & (variance > 0)
+    deviation = torch.where(live, deviation, 0)
     return GroupMoments(deviation=deviation, valid=valid, count=count, variance=variance, live=live)
 
 

@@ -88,7 +88,7 @@ def image_groups(batch: int, group_size: int, *, device: torch.device | str = "c
     Source: GRPO, arXiv 2402.03300, section 4.1 (one group per prompt).
     """
     _check_group_size(group_size)
-    if batch == 0 or batch % group_size:
+    if batch < 1 or batch % group_size:
         raise ShapeError(
             explain(
                 "batch",

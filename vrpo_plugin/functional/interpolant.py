@@ -6,6 +6,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from vrpo_plugin.errors import ConfigError, explain
+from vrpo_plugin.functional.tensors import require_shape
 
 PathType = Literal["linear", "cosine"]
 PATH_TYPES: tuple[str, ...] = get_args(PathType)
@@ -58,9 +59,11 @@ def noisy_sample(x0: Tensor, noise: Tensor, t: Tensor, path_type: PathType = "li
 
     Raises:
         ConfigError: ``path_type`` is unknown.
+        ShapeError: the shapes differ.
 
     Source: SiT, arXiv 2401.08740, section 2.
     """
+    require_shape("noise", noise, x0.shape)
     alpha, sigma, alpha_dot, sigma_dot = path_coefficients(time_like(t, x0), path_type)
     return alpha * x0 + sigma * noise, alpha_dot * x0 + sigma_dot * noise
 
@@ -81,9 +84,11 @@ def clean_estimate(x_t: Tensor, velocity: Tensor, t: Tensor, path_type: PathType
 
     Raises:
         ConfigError: ``path_type`` is unknown.
+        ShapeError: the shapes differ.
 
     Source: solves SiT's (arXiv 2401.08740) section 2 for x_0.
     """
+    require_shape("velocity", velocity, x_t.shape)
     return estimate_from_velocity(x_t, velocity, *path_coefficients(time_like(t, x_t), path_type))
 
 

@@ -6,8 +6,8 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from vrpo_plugin.errors import ShapeError, explain
-from vrpo_plugin.functional.tensors import promote
+from vrpo_plugin.errors import ConfigError, ShapeError, explain
+from vrpo_plugin.functional.tensors import promote, require_shape
 
 
 def pathwise_policy_loss(rewards: Tensor, coefficients: Tensor, *, valid: Tensor | None = None) -> Tensor:
@@ -57,8 +57,15 @@ def gaussian_log_prob(action: Tensor, mean: Tensor, std: float | Tensor) -> Tens
     Returns:
         Log densities (B,), summed over all but the first dimension.
 
+    Raises:
+        ConfigError: ``std`` is a number that is not positive.
+        ShapeError: the shapes differ.
+
     Source: definition of the normal density.
     """
+    require_shape("action", action, mean.shape)
+    if not isinstance(std, Tensor) and not std > 0:
+        raise ConfigError(explain("std", expected="> 0", got=std, do="Set action_std to 0.1, the default."))
     # A number stays one: bringing it to the device would make the host wait.
     log_std = promote(std).log() if isinstance(std, Tensor) else math.log(std)
     log_prob = -0.5 * ((promote(action) - promote(mean)) / std).square() - log_std - 0.5 * math.log(2 * math.pi)

@@ -9,7 +9,7 @@ from einops import reduce
 from torch import Tensor
 
 from vrpo_plugin.functional.alignment import cosine_alignment
-from vrpo_plugin.functional.tensors import promote
+from vrpo_plugin.functional.tensors import promote, require_shape
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,12 @@ def fidelity_reward(x0_hat: Tensor, x0: Tensor) -> Tensor:
     Returns:
         Rewards (B,), at most 0.
 
+    Raises:
+        ShapeError: the shapes differ.
+
     Source: our derivation; the denoising loss is this reward, weighted by 1 / sigma(t)^2 on the linear path.
     """
+    require_shape("x0_hat", x0_hat, x0.shape)
     error = promote(x0_hat) - promote(x0)
     return -reduce(error.square(), "b ... -> b", "mean")
 
@@ -82,10 +86,14 @@ def feature_distance(features: Sequence[Tensor], reference: Sequence[Tensor], *,
     Returns:
         Distances (B,), in [0, 4].
 
+    Raises:
+        ShapeError: a pair differs in shape.
+
     Source: LPIPS, arXiv 1801.03924, equation 1, without learned weights.
     """
     distances = []
     for f, g in zip(features, reference, strict=True):
+        require_shape("features", f, g.shape)
         f, g = F.normalize(promote(f), dim=1, eps=eps), F.normalize(promote(g), dim=1, eps=eps)
         distances.append(reduce((f - g).square().sum(1), "b h w -> b", "mean"))
     return torch.stack(distances).mean(0)

@@ -1,6 +1,7 @@
 """What other files share: the working precision, masks of finite samples, and the resampling of token grids."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,14 +17,24 @@ def promote(x: Tensor) -> Tensor:
     return x if x.is_floating_point() and x.dtype.itemsize >= 4 else x.float()
 
 
+def require_shape(name: str, x: Tensor, shape: Sequence[int]) -> None:
+    """Refuses a tensor that would be broadcast to another meaning.
+
+    Raises:
+        ShapeError: ``x`` has another shape.
+    """
+    if x.shape != shape:
+        raise ShapeError(explain(name, expected=tuple(shape), got=tuple(x.shape), do="Pass tensors of one batch."))
+
+
 def square_grid(tokens: int) -> tuple[int, int]:
     """The side lengths of a square grid of ``tokens`` tokens.
 
     Raises:
         ShapeError: ``tokens`` is no square number.
     """
-    side = math.isqrt(tokens)
-    if side * side != tokens:
+    side = math.isqrt(max(tokens, 0))
+    if side * side != tokens or tokens < 1:
         raise ShapeError(
             explain(
                 "tokens",
@@ -47,10 +58,13 @@ def resample_tokens(z: Tensor, grid: tuple[int, int], target_grid: tuple[int, in
         Tokens (B, h' * w', D), in float32 at least; ``z`` itself where the grids agree.
 
     Raises:
-        ShapeError: ``z`` has not h * w tokens.
+        ShapeError: ``z`` has not h * w tokens, or a grid is empty.
     """
-    if z.shape[1] != grid[0] * grid[1]:
-        raise ShapeError(explain("tokens", expected=f"{grid[0]} x {grid[1]}", got=z.shape[1], do="Give their grid."))
+    if z.shape[1] != grid[0] * grid[1] or min(*grid, *target_grid) < 1:
+        expected = (
+            f"{grid[0]} x {grid[1]}" if min(*grid, *target_grid) > 0 else f"no empty grid, {grid} to {target_grid}"
+        )
+        raise ShapeError(explain("tokens", expected=expected, got=z.shape[1], do="Give their grid."))
     if grid == target_grid:
         return z
     maps = rearrange(promote(z), "b (h w) d -> b d h w", h=grid[0])
@@ -73,6 +87,11 @@ def finite_samples(*tensors: Tensor) -> Tensor:
 def zero_unless(sound: Tensor, x: Tensor) -> Tensor:
     """``x`` (B, ...) with zeros for the samples that are not sound, so that no NaN enters a backward pass."""
     return torch.where(sound.reshape(-1, *(1 for _ in x.shape[1:])), x, 0)
+
+
+def finite_or_zero(x: Tensor) -> Tensor:
+    """``x`` with zeros for its numbers that are not finite."""
+    return torch.where(torch.isfinite(x), x, 0)
 
 
 def add_gradient(value: Tensor, loss: Tensor) -> Tensor:

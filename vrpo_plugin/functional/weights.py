@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vrpo_plugin.errors import ConfigError, explain
+from vrpo_plugin.errors import ConfigError, ShapeError, explain
 from vrpo_plugin.functional.tensors import promote
 
 
@@ -23,6 +23,7 @@ def inverse_variance_weights(variance: Tensor, *, floor: float = 1e-8, cap: floa
 
     Raises:
         ConfigError: ``cap`` is not in (0, 1] or ``floor`` is not positive.
+        ShapeError: there is no reward.
 
     Source: VRPO, arXiv 2606.00583, appendix, equation 17 (the formula); floor and cap are ours.
     """
@@ -30,9 +31,15 @@ def inverse_variance_weights(variance: Tensor, *, floor: float = 1e-8, cap: floa
         raise ConfigError(
             explain("cap, floor", expected="0 < cap <= 1, floor > 0", got=(cap, floor), do="Correct them.")
         )
+    if variance.ndim == 0 or variance.shape[0] == 0:
+        raise ShapeError(
+            explain("variance", expected="(K, ...), K >= 1", got=tuple(variance.shape), do="Pass one per reward.")
+        )
     variance = promote(variance)
     live = torch.isfinite(variance) & (variance > 0)
-    inverse = torch.where(live, 1 / variance.clamp(min=floor), 0)
+    believed = torch.where(live, variance.clamp(min=max(floor, torch.finfo(variance.dtype).tiny)), torch.inf)
+    # In units of the smallest: 1 / variance itself can be infinite, or all of them 0.
+    inverse = torch.where(live, believed.amin(0, keepdim=True) / believed, 0)
     limit = (1 / live.sum(0, keepdim=True).clamp(min=1).to(variance.dtype)).clamp(min=cap)
     capped = torch.zeros_like(live)
     weights = inverse

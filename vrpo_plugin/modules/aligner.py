@@ -15,6 +15,7 @@ from vrpo_plugin.functional.alignment import cosine_alignment, spatial_normalize
 from vrpo_plugin.functional.interpolant import clean_estimate
 from vrpo_plugin.functional.rewards import RewardState
 from vrpo_plugin.functional.tensors import (
+    finite_or_zero,
     finite_samples,
     masked_mean,
     promote,
@@ -28,6 +29,7 @@ from vrpo_plugin.modules.inputs import (
     check_hidden,
     check_latents,
     check_projected,
+    check_sizes,
     check_targets,
     say_group_sizes,
     sizes_of_encoder,
@@ -124,9 +126,8 @@ class VRPOAligner(nn.Module):
         super().__init__()
         check_keys(overrides, VRPOConfig.__dataclass_fields__, subject="VRPOConfig")
         self.config = replace(config or VRPOConfig(), **overrides)
-        self.hidden_dim, self.target_dims = hidden_dim, tuple(target_dims)
-        if not self.target_dims or min(hidden_dim, depth, *self.target_dims) < 1:
-            _refuse("hidden_dim, depth, target_dims", ">= 1", (hidden_dim, depth, self.target_dims))
+        self.hidden_dim = hidden_dim
+        self.target_dims = check_sizes(hidden_dim, target_dims, depth, latent_shape, token_grid, prefix_tokens)
         for name, given in {"rewards": rewards, "black_box_rewards": black_box_rewards}.items():
             if given is not None and not isinstance(given, Mapping):
                 do = "Name built-in rewards in config=VRPOConfig(rewards=...)."
@@ -134,7 +135,7 @@ class VRPOAligner(nn.Module):
         self.depth = depth
         self.own_projectors, self.prefix_tokens = own_projectors, prefix_tokens
         self.layers = resolve_layers(self.config.layers, depth, encoder_depth=encoder_depth)
-        if token_grid is None and latent_shape is not None and len(latent_shape) == 3:
+        if token_grid is None and latent_shape is not None:
             token_grid = (max(1, latent_shape[1] // 2), max(1, latent_shape[2] // 2))
         self.token_grid = token_grid
         self.taps = Taps(self.layers)
@@ -165,7 +166,7 @@ class VRPOAligner(nn.Module):
             _refuse("rewards", "at least one, or reward_coeff=0", ())
         critic = None
         if {"semantic", "perceptual"} & set(self.config.rewards):
-            if latent_shape is None or len(latent_shape) != 3 or self.token_grid is None:
+            if latent_shape is None or self.token_grid is None:
                 _refuse("latent_shape", "(C, H, W), for the critic", latent_shape)
             channels, height, side = latent_shape
             critic = LatentCritic(
@@ -292,7 +293,8 @@ class VRPOAligner(nn.Module):
         if not self._checked:
             batch = check_targets(targets, self.target_dims)
             if tokens:
-                check_hidden(tokens, batch, self.layers, self.hidden_dim)
+                dtype = next(self.projectors.parameters()).dtype
+                check_hidden(tokens, batch, self.layers, self.hidden_dim, dtype)
             if self.config.features == "policy" and not self.own_projectors:
                 check_projected(projected, batch, self.target_dims)
             if self.generation is not None:
@@ -318,7 +320,9 @@ class VRPOAligner(nn.Module):
             assert x0 is not None and x_t is not None and t is not None  # the first call has checked
             if x0_hat is None:
                 assert velocity is not None
-                x0_hat = clean_estimate(promote(x_t), promote(velocity), t, self.config.path_type)
+                # The velocity's gradient has the time as its factor: NaN, though the sample is left out below.
+                usable = finite_or_zero(t)
+                x0_hat = clean_estimate(promote(x_t), promote(velocity), usable, self.config.path_type)
             on_grid = tuple(_resample(target[:, self.prefix_tokens :], self.token_grid) for target in targets)
             generated = self.generation(RewardState(x0_hat, x0, x_t, t, on_grid, y, step), generator)
         release = self._left(self.config.release, self.config.release_steps, step)
@@ -381,8 +385,8 @@ class VRPOAligner(nn.Module):
         return min(max(1 - done, 0.0), 1.0) if schedule == "linear" else float(done < 1)
 
 
-def _tuple(tensors: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, ...]:
-    return (tensors,) if isinstance(tensors, Tensor) else tuple(tensors or ())
+def _tuple(tensors: Any) -> tuple[Tensor, ...]:
+    return tuple(tensors) if isinstance(tensors, (list, tuple)) else () if tensors is None else (tensors,)
 
 
 def _resample(z: Tensor, grid: tuple[int, int] | None) -> Tensor:

@@ -14,10 +14,11 @@ from vrpo_plugin.functional.advantages import GroupMoments, combine_rewards, gro
 from vrpo_plugin.functional.groups import Groups, image_groups, noise_strata
 from vrpo_plugin.functional.policy import gaussian_log_prob, pathwise_policy_loss, score_function_loss
 from vrpo_plugin.functional.rewards import RewardState, feature_distance, fidelity_reward, semantic_reward
-from vrpo_plugin.functional.tensors import finite_samples, masked_mean, zero_unless
+from vrpo_plugin.functional.tensors import finite_or_zero, finite_samples, masked_mean, zero_unless
 from vrpo_plugin.functional.weights import inverse_variance_weights
 from vrpo_plugin.modules.collapse import CollapseWatch
 from vrpo_plugin.modules.critic import CriticOutput, LatentCritic
+from vrpo_plugin.modules.inputs import described
 from vrpo_plugin.modules.statistics import RewardStatistics
 
 Reward = Callable[[RewardState], Tensor | tuple[Tensor, Tensor]]
@@ -87,8 +88,17 @@ class GenerationReadout(nn.Module):
                     do="Name every reward.",
                 )
             )
-        values = torch.tensor([shares[name] for name in self.names])
-        return rearrange(values / values.sum(), "k -> k 1 1")
+        values = torch.tensor([shares[name] for name in self.names], dtype=torch.float64)
+        # In float64, where shares of any size have a sum, and in units of the largest, where theirs is finite.
+        values = values / values.max()
+        return rearrange((values / values.sum()).float(), "k -> k 1 1")
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        # Shares that a host's cast to bfloat16 has rounded would not sum to 1.
+        super()._apply(fn, recurse)
+        if self.shares is not None:
+            self.shares = self._fixed_shares().to(self.shares.device)  # type: ignore[union-attr]
+        return self
 
     def forward(self, state: RewardState, generator: torch.Generator | None = None) -> GenerationOutput:
         """Scores a batch.
@@ -175,7 +185,7 @@ class GenerationReadout(nn.Module):
             if x0_hat.requires_grad:
                 # A reward that is NaN is left out of the loss, and 0 times its gradient would be NaN again.
                 # One view per reward, so that the gradients of the others stay.
-                x0_hat.register_hook(lambda grad: torch.where(torch.isfinite(grad), grad, 0))
+                x0_hat.register_hook(finite_or_zero)
             value, scored = _call_reward(name, reward, replace(state, x0_hat=x0_hat))
             if x0_hat.requires_grad and not value.requires_grad:
                 raise ConfigError(
@@ -282,13 +292,16 @@ class GenerationReadout(nn.Module):
 
 def _call_reward(name: str, reward: Reward, state: RewardState) -> tuple[Tensor, Tensor | None]:
     result = reward(state)
-    value, scored = result if isinstance(result, tuple) else (result, None)
-    if value.shape != state.t.shape or (scored is not None and scored.shape != state.t.shape):
+    value, scored = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+    right = isinstance(value, Tensor) and value.shape == state.t.shape and not value.is_complex()
+    if scored is not None:
+        right = right and isinstance(scored, Tensor) and scored.shape == state.t.shape and scored.dtype == torch.bool
+    if not right:
         raise ShapeError(
             explain(
                 f"reward {name!r}",
-                expected=f"values (B={len(state.t)},), higher is better, and an optional mask of that shape",
-                got=tuple(value.shape),
+                expected=f"values (B={len(state.t)},), higher is better, and an optional boolean mask of that shape",
+                got=[described(x) for x in (result if isinstance(result, tuple) else (result,))],
                 do="Return one value per sample.",
             )
         )
@@ -303,13 +316,14 @@ def _marked(value: Tensor, scored: Tensor | None) -> Tensor:
 
 def _without_nonfinite(state: RewardState) -> tuple[RewardState, Tensor]:
     """The state with zeros for samples that hold NaN or inf, and which samples are sound."""
-    sound = finite_samples(state.x0_hat, state.x0, state.x_t, *state.z)
+    sound = finite_samples(state.x0_hat, state.x0, state.x_t, state.t[:, None], *state.z)
     return (
         replace(
             state,
             x0_hat=zero_unless(sound, state.x0_hat),
             x0=zero_unless(sound, state.x0),
             x_t=zero_unless(sound, state.x_t),
+            t=finite_or_zero(state.t),
             z=tuple(zero_unless(sound, z) for z in state.z),
         ),
         sound,

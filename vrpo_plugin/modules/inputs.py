@@ -3,12 +3,13 @@
 import logging
 import warnings
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from numbers import Integral
+from typing import Any, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from vrpo_plugin.errors import HostNotFoundError, ShapeError, explain
+from vrpo_plugin.errors import ConfigError, HostNotFoundError, ShapeError, explain
 
 logger = logging.getLogger("vrpo_plugin")
 
@@ -53,27 +54,53 @@ def sizes_of_encoder(encoder: Any) -> dict[str, Any]:
     return sizes
 
 
+def check_sizes(
+    hidden_dim: Any, target_dims: Any, depth: Any, latent_shape: Any, token_grid: Any, prefix_tokens: Any
+) -> tuple[int, ...]:
+    """Checks the sizes that an aligner is made of, and returns ``target_dims`` as a tuple.
+
+    Raises:
+        ConfigError: one is no size.
+    """
+    dims = tuple(target_dims) if isinstance(target_dims, Sequence) else ()
+    if not _are_sizes((hidden_dim, depth, *dims)) or not dims:
+        _refuse("hidden_dim, depth, target_dims", ">= 1", (hidden_dim, depth, target_dims))
+    if latent_shape is not None and not _are_sizes(latent_shape, 3):
+        _refuse("latent_shape", "(C, H, W), for the critic", latent_shape)
+    if token_grid is not None and not _are_sizes(token_grid, 2):
+        _refuse("token_grid", "(h, w) or None", token_grid)
+    if not (prefix_tokens == 0 or _are_sizes((prefix_tokens,))):
+        _refuse("prefix_tokens", "a whole number >= 0", prefix_tokens)
+    return dims
+
+
 def check_targets(z: tuple[Tensor, ...], target_dims: tuple[int, ...]) -> int:
     """Checks encoder tokens, one (B, N, D) per encoder, and returns B.
 
     Raises:
         ShapeError: they do not fit.
     """
-    dims = tuple(target.shape[-1] for target in z)
-    if dims != target_dims or any(target.ndim != 3 or len(target) != len(z[0]) for target in z):
-        _mismatch("z", f"one (B, N, D) per encoder, D in {target_dims}", [tuple(target.shape) for target in z])
-    return len(z[0])
+    batch = len(z[0]) if z and _is_tokens(z[0]) else 0
+    if not _are_tokens(z, batch, target_dims):
+        _mismatch("z", f"one (B, N, D) per encoder, D in {target_dims}", [described(target) for target in z])
+    return batch
 
 
-def check_hidden(hidden: tuple[Tensor, ...], batch: int, layers: tuple[int, ...], hidden_dim: int) -> None:
-    """Checks hidden tokens, one (B, N, hidden_dim) per tapped block.
+def check_hidden(
+    hidden: tuple[Tensor, ...], batch: int, layers: tuple[int, ...], hidden_dim: int, dtype: torch.dtype
+) -> None:
+    """Checks hidden tokens, one (B, N, hidden_dim) per tapped block, of the projectors' ``dtype``.
 
     Raises:
         ShapeError: they do not fit.
     """
-    if len(hidden) != len(layers) or any(h.ndim != 3 or len(h) != batch or h.shape[-1] != hidden_dim for h in hidden):
+    if not _are_tokens(hidden, batch, (hidden_dim,) * len(layers)):
         expected = f"one (B={batch}, N, {hidden_dim}) for each of blocks {layers}"
-        _mismatch("hidden", expected, [tuple(h.shape) for h in hidden])
+        _mismatch("hidden", expected, [described(h) for h in hidden])
+    other = {h.dtype for h in hidden} - {dtype}
+    # Autocast levels them, but leaves float64 as it is.
+    if other and (torch.float64 in (dtype, *other) or not torch.is_autocast_enabled(hidden[0].device.type)):
+        _mismatch("hidden", f"{dtype} like the projectors, or autocast", [h.dtype for h in hidden])
 
 
 def check_projected(z_tilde: tuple[Tensor, ...], batch: int, target_dims: tuple[int, ...]) -> None:
@@ -82,10 +109,9 @@ def check_projected(z_tilde: tuple[Tensor, ...], batch: int, target_dims: tuple[
     Raises:
         ShapeError: they do not fit.
     """
-    dims = tuple(z.shape[-1] for z in z_tilde)
-    if dims != target_dims or any(z.ndim != 3 or len(z) != batch for z in z_tilde):
+    if not _are_tokens(z_tilde, batch, target_dims):
         expected = f"one (B={batch}, N, D) per encoder, D in {target_dims}, with own_projectors=False"
-        _mismatch("z_tilde", expected, [tuple(z.shape) for z in z_tilde])
+        _mismatch("z_tilde", expected, [described(z) for z in z_tilde])
 
 
 def check_latents(
@@ -96,13 +122,43 @@ def check_latents(
     Raises:
         ShapeError: one is missing or does not fit.
     """
-    shape = tuple(x0.shape) if x0 is not None and x0.ndim == 4 else "(B, C, H, W)"
+    shape = tuple(x0.shape) if isinstance(x0, Tensor) and x0.ndim == 4 else "(B, C, H, W)"
     for name, given in {"x0": x0, "x_t": x_t, "velocity or x0_hat": estimate}.items():
-        if given is None or tuple(given.shape) != shape or len(given) != batch:
-            _mismatch(name, f"{shape} with B={batch}", None if given is None else tuple(given.shape))
-    if t is None or t.shape != (batch,) or not t.is_floating_point():
-        got = None if t is None else (tuple(t.shape), t.dtype)
+        if not _is_floating(given) or tuple(given.shape) != shape or len(given) != batch:
+            _mismatch(name, f"{shape} with B={batch}", described(given))
+    if not _is_floating(t) or t.shape != (batch,):
+        got = (tuple(t.shape), t.dtype) if isinstance(t, Tensor) else t
         _mismatch("t", f"({batch},), floating, 0 = data and 1 = noise", got)
+
+
+def described(x: object) -> object:
+    """A tensor's shape, and what is wrong with its dtype; or what stands in its place."""
+    if not isinstance(x, Tensor):
+        return None if x is None else type(x).__name__
+    return tuple(x.shape) if x.is_floating_point() else f"{tuple(x.shape)} of {x.dtype}, not floating"
+
+
+def _is_floating(x: Any) -> TypeGuard[Tensor]:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _is_tokens(x: Any) -> bool:
+    return _is_floating(x) and x.ndim == 3 and x.shape[1] > 0
+
+
+def _are_tokens(given: tuple[Any, ...], batch: int, dims: tuple[int, ...]) -> bool:
+    """One (B, N, D) for each D."""
+    return len(given) == len(dims) and all(
+        _is_tokens(x) and len(x) == batch > 0 and x.shape[-1] == dim for x, dim in zip(given, dims, strict=True)
+    )
+
+
+def _are_sizes(given: Any, count: int | None = None) -> bool:
+    return (
+        isinstance(given, Sequence)
+        and (count is None or len(given) == count)
+        and all(isinstance(x, Integral) and not isinstance(x, bool) and int(x) >= 1 for x in given)
+    )
 
 
 def say_group_sizes(batch: int, group_size: int) -> None:
@@ -118,6 +174,10 @@ def say_group_sizes(batch: int, group_size: int) -> None:
     elif batch % group_size:
         last = batch if batch < group_size else group_size + batch % group_size
         logger.warning("batch of %d in noise strata of %d: the last one holds %d", batch, group_size, last)
+
+
+def _refuse(name: str, expected: str, got: object) -> NoReturn:
+    raise ConfigError(explain(name, expected=expected, got=repr(got), do="Correct it."))
 
 
 def _mismatch(name: str, expected: str, got: object) -> NoReturn:

@@ -1,6 +1,7 @@
 """Taps: forward hooks that keep the hidden tokens of chosen blocks until the aligner takes them."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -32,6 +33,10 @@ def resolve_layers(
         return tuple(range(1, depth + 1))
     if layers == "middle":
         return (max(1, round(depth / 2)),)
+    if encoder_depth is not None and not isinstance(encoder_depth, Integral):
+        raise ConfigError(
+            explain("encoder_depth", expected="a block number", got=repr(encoder_depth), do="Correct it.")
+        )
     chosen = (encoder_depth or max(1, round(depth / 3)),) if layers == "early" else tuple(layers)
     if not chosen or any(not 1 <= i <= depth for i in chosen) or len(set(chosen)) != len(chosen):
         raise ConfigError(
