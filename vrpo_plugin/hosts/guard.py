@@ -53,7 +53,7 @@ class HostGuard:
 def use_fused(optimizer: torch.optim.Optimizer) -> None:
     """Makes the step one kernel, which can leave it out on the device. The host has not asked for another kind."""
     for group in optimizer.param_groups:
-        if group["fused"]:
+        if group.get("fused"):
             continue
         group["fused"] = True
         for parameter in group["params"]:
