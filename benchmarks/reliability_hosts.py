@@ -3,12 +3,12 @@
 Trees are the tests' fakes and, where ``VRPO_HOSTS_DIR`` names them, copies of real checkouts.
 """
 
-import contextlib
 import os
 import random
 import shutil
 import stat
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from fakes.host_trees import verify_as_it_is, write_tree  # noqa: E402
 
 from vrpo_plugin.hosts.known import HOSTS  # noqa: E402
+from vrpo_plugin.patching.fingerprint import NOT_PYTHON  # noqa: E402
 
 FAKES = Path(__file__).resolve().parents[1] / "tests" / "fakes" / "hosts"
 REPOSITORIES = ("repa", "reg", "irepa", "sit", "dit", "repae", "lightningdit")
@@ -136,8 +137,7 @@ class Round:
         return ended
 
     def snapshot(self) -> Snapshot:
-        found = snapshot(self.box.tree.parent)
-        return found
+        return snapshot(self.box.tree.parent)
 
     def expect(self, truth: bool, text: str) -> None:
         if not truth:
@@ -151,11 +151,15 @@ def _is_patched(before: Snapshot, after: Snapshot, path: str) -> bool:
     (mode, old), (new_mode, new) = before.files[path], after.files[path]
     if mode != new_mode or not _is_one_line_more(old, new):
         return False
-    with contextlib.suppress(SyntaxError, ValueError, LookupError, RecursionError, MemoryError):
-        compile(old, path, "exec", dont_inherit=True)
+    return _compiles(new) or not _compiles(old)
+
+
+def _compiles(data: bytes) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the script's own
         try:
-            compile(new, path, "exec", dont_inherit=True)
-        except Exception:
+            compile(data, "<script>", "exec", dont_inherit=True)
+        except NOT_PYTHON:
             return False
     return True
 
