@@ -12,13 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from reliability_files import mutations
+from reliability_hosts import hosts
 from reliability_parts import Part
+from reliability_pickles import pickles
 from reliability_runs import kills
 
 # A part's name: its function of (output, count, seed), and the count that docs/reliability.md reports.
 PARTS: dict[str, tuple[Callable[[Path, int, int], Part], int]] = {
     "kills": (kills, 20),
     "mutations": (mutations, 1000),
+    "hosts": (hosts, 1000),
+    "pickles": (pickles, 200),
 }
 
 

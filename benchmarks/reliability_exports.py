@@ -13,8 +13,6 @@ from reliability_command import run, snapshot
 from reliability_parts import Part
 from torch import Tensor
 
-KEYS = ("model", "ema", "opt", "args", "epoch")
-
 
 def export(part: Part, folder: Path, draw: random.Random) -> None:
     """Exports one checkpoint: written whole, or refused with no file left."""
@@ -83,7 +81,7 @@ def _versions(checkpoint: dict[str, Any], draw: random.Random) -> None:
 
 
 ODD: dict[str, Callable[[dict[str, Any], random.Random], None]] = {
-    "a missing part": lambda checkpoint, draw: checkpoint.pop(draw.choice(("model", "ema", "opt", "args"))),
+    "a missing part": lambda checkpoint, draw: checkpoint.pop(draw.choice(("model", "ema", "opt", "args")), None),
     "odd weights": _value("ema", None, 1, [], {}, {1: torch.ones(1)}, {"a": 1}, {"": torch.ones(1)}),
     "an odd optimizer": _value(
         "opt",
