@@ -96,9 +96,9 @@ ODD: dict[str, Callable[[dict[str, Any], random.Random], None]] = {
         {"state": {}, "param_groups": [{"params": "abc"}]},
         {"state": {}, "param_groups": {"params": [0, 1, 2]}},
     ),
-    "odd versions": lambda checkpoint, draw: _versions(checkpoint, draw)
-    if isinstance(checkpoint.get("ema"), OrderedDict)
-    else None,
+    "odd versions": lambda checkpoint, draw: (
+        _versions(checkpoint, draw) if isinstance(checkpoint.get("ema"), OrderedDict) else None
+    ),
     "a sparse tensor": _tensor(lambda: torch.eye(3).to_sparse()),
     "a complex tensor": _tensor(lambda: torch.ones(3, dtype=torch.complex128)),
     "a tensor without memory": _tensor(lambda: torch.ones(3, device="meta")),

@@ -20,10 +20,9 @@ from reliability_parts import Part
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from fakes.host_trees import verify_as_it_is, write_tree  # noqa: E402
+from fakes.host_trees import verify_as_it_is, write_tree
 
-from vrpo_plugin.hosts.known import HOSTS  # noqa: E402
-from vrpo_plugin.patching.fingerprint import NOT_PYTHON  # noqa: E402
+from vrpo_plugin.patching.fingerprint import NOT_PYTHON
 
 FAKES = Path(__file__).resolve().parents[1] / "tests" / "fakes" / "hosts"
 REPOSITORIES = ("repa", "reg", "irepa", "sit", "dit", "repae", "lightningdit")
@@ -116,8 +115,8 @@ class Round:
         elif not changed:
             self.part.add("unpatched" if after != patched else "nothing to unpatch")
         for path in changed:
-            self.expect(after.files[path] == before.files[path], f"not restored: {path}: {ended}")
-        if changed and all(after.files[path] == before.files[path] for path in changed):
+            self.expect(after.files.get(path) == before.files.get(path), f"not restored: {path}: {ended}")
+        if changed and all(after.files.get(path) == before.files.get(path) for path in changed):
             self.part.add("restored")
         for path in after.changed(patched):
             if path not in changed:  # a line that was there before

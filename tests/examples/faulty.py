@@ -10,7 +10,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
-import train_repa_vrpo as example  # noqa: E402
+import train_repa_vrpo as example
 
 WHAT, _STEP, _RANK = os.environ["VRPO_FAULT"].split(":")
 STEP, RANK = int(_STEP), int(_RANK)

@@ -25,9 +25,7 @@ class NonFiniteGuard:
         ConfigError: the optimizer is not fused.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, model: nn.Module, *, scaler: torch.amp.GradScaler | None = None
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, model: nn.Module, *, scaler: torch.amp.GradScaler | None = None) -> None:
         if not all(group.get("fused") for group in optimizer.param_groups):
             raise ConfigError(
                 explain("optimizer", expected="a fused one", got=type(optimizer).__name__, do="Pass fused=True to it.")

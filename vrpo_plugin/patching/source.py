@@ -248,8 +248,11 @@ def _look(data: bytes, insertion: Insertion) -> tuple[Status, str, int | None]:
     if any(node.lineno == last for node in tree.body[index:]) or lines[last - 1].endswith(b"\\"):
         return "shared line", f"more on line {last}", None
     expected = [*tree.body[:index], *ast.parse(insertion.line).body, *tree.body[index:]]
-    if why := _misfit(insert_line(data, last, insertion.line.encode()), expected):
+    new = insert_line(data, last, insertion.line.encode())
+    if why := _misfit(new, expected):
         return "broken", f"with our line {why}", None
+    if _our_lines(new, _compiled(new), insertion) != [last + 1]:  # it could not be found again to take it out
+        return "broken", "an encoding whose lines are not those of the bytes", None
     return "clean", f"'{insertion.anchor}' ends at line {last}", last
 
 
