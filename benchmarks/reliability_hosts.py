@@ -32,7 +32,10 @@ IGNORED = shutil.ignore_patterns(".git", "__pycache__", "*.png", "*.jpg", "*.pdf
 
 
 def hosts(output: Path, count: int, seed: int) -> Part:
-    """Checks, patches, unpatches and exports what is damaged: typed refusals that change nothing, or the one line."""
+    """Checks, patches, unpatches and exports what is damaged: typed refusals that change nothing, or the one line.
+
+    ``count`` trees or checkpoints; what is counted is what came of each command, several for one tree.
+    """
     part, output = Part("command line on damaged hosts"), output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     for i in range(count):

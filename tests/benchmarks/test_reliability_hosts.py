@@ -29,7 +29,7 @@ def fakes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VRPO_HOSTS_DIR", raising=False)
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_damaged_hosts_are_restored_or_refused(count: int, tmp_path: Path) -> None:
     part = hosts(tmp_path, count, seed=0)
     assert not part.failures
@@ -91,7 +91,7 @@ def test_an_untyped_error_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert any("no typed refusal" in text for text in hosts(tmp_path, 15, seed=0).failures)
 
 
-@pytest.mark.parametrize("count", [45, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [28, pytest.param(1000, marks=pytest.mark.slow)])
 def test_files_that_would_run_code_are_refused_and_do_not(count: int, tmp_path: Path) -> None:
     part = pickles(tmp_path / "files", count, seed=0)
     assert not part.failures
@@ -105,7 +105,7 @@ def test_a_loader_that_runs_code_is_noticed(tmp_path: Path, monkeypatch: pytest.
         return original(*args, **{**kwargs, "weights_only": False})
 
     monkeypatch.setattr(torch, "load", unsafe)
-    failures = pickles(tmp_path / "files", 60, seed=0).failures
+    failures = pickles(tmp_path / "files", 42, seed=0).failures
     for loader in ("vrpo export", "encoder_checkpoint", "lpips backbone", "host's resume"):
         assert any(text.startswith(loader) and text.endswith("its code ran") for text in failures), loader
 
@@ -129,5 +129,5 @@ def test_a_refusal_that_names_no_file_is_noticed(tmp_path: Path, monkeypatch: py
         raise VRPOError("expected a file, got another")
 
     monkeypatch.setitem(reliability_pickles.LOADERS, "images", load)
-    failures = pickles(tmp_path / "files", 60, seed=0).failures
+    failures = pickles(tmp_path / "files", 42, seed=0).failures
     assert failures and all("does not name the file" in text for text in failures)
