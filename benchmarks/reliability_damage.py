@@ -138,10 +138,16 @@ def _parameter(data: bytes, draw: random.Random) -> bytes:
 
 
 def _codec(data: bytes, draw: random.Random) -> bytes:
-    odd = draw.choice((b"", b"# +AAo-\n", b"# \\n\n", b"#\xe9\n"))  # two are a newline more in their encoding
+    # Two of the comments are a newline more in their encoding.
+    odd = (
+        (b"utf-7", b"# +AAo-\n"),
+        (b"unicode_escape", b"# \\n\n"),
+        (draw.choice(CODECS), draw.choice((b"", b"#\xe9\n"))),
+    )
+    codec, comment = draw.choice(odd)
     for anchor in ANCHORS if draw.random() < 0.5 else ():
         data = data.replace(anchor + b"\n", anchor + b"\n# one\n# more\n")  # among which a line can go astray
-    return b"# coding: " + draw.choice(CODECS) + b"\n" + odd + data
+    return b"# coding: " + codec + b"\n" + comment + data
 
 
 def _nested(data: bytes, draw: random.Random) -> bytes:
