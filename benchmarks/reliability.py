@@ -14,7 +14,9 @@ from pathlib import Path
 
 from reliability_calls import calls
 from reliability_files import mutations
+from reliability_hosts import hosts
 from reliability_parts import Part
+from reliability_pickles import pickles
 from reliability_runs import kills
 
 # A part's name: its function of (output, count, seed), and the count that docs/reliability.md reports.
@@ -22,6 +24,8 @@ PARTS: dict[str, tuple[Callable[[Path, int, int], Part], int]] = {
     "kills": (kills, 20),
     "mutations": (mutations, 1000),
     "calls": (calls, 100_000),
+    "hosts": (hosts, 1000),
+    "pickles": (pickles, 200),
 }
 
 

@@ -5,7 +5,7 @@ class Part:
     """Counts what was tried and what failed, and says so."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.outcomes, self.failures = name, {}, []
+        self.name, self.outcomes, self.failures, self.prefix = name, {}, [], ""
 
     def add(self, outcome: str) -> None:
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1

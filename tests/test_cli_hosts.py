@@ -1,6 +1,8 @@
 """``vrpo check``, ``patch``, ``unpatch`` and ``export`` as a user types them."""
 
 import argparse
+import io
+import os
 import random
 import subprocess
 import sys
@@ -177,6 +179,60 @@ def test_a_folder_that_is_no_host_gets_one_line(vrpo, command: str, kind: str, t
     if kind == "half a host":
         assert "sihyun-yu/REPA, the nearest host, got " in shown.error and "without models/" in shown.error
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_name_that_the_terminal_cannot_encode_is_escaped(
+    encoding: str, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A traceback after the line went in would say that nothing was done."""
+    folder = tree.rename(tree.with_name(os.fsdecode(b"h\xc3\xb6st caf\xe9")))
+    before = contents(folder)
+    for command in ("check", "patch", "unpatch"):
+        out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", out)
+        cli.main([command, str(folder)])
+        out.flush()
+        assert b"st caf\\udce9" in out.buffer.getvalue()
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("moved", ["train.py", "models", "."])
+def test_nothing_outside_the_checkout_is_changed(vrpo, moved: str, tree: Path, tmp_path: Path) -> None:
+    """Who names a checkout does not expect changes in another folder; a link to the whole checkout is its name."""
+    outside = tmp_path / "outside"
+    (place := Path(os.path.normpath(tree / moved))).rename(outside)
+    place.symlink_to(outside)
+    before = contents(tmp_path)
+    checked, patched = vrpo("check", tree), vrpo("patch", tree)
+    if moved == "train.py":
+        assert f"result      no line can be put into train.py: a link to {outside}" in checked.out.splitlines()
+        assert patched.status == 1 and f"expected a file inside {tree}, got a link to {outside}. " in patched.error
+        assert "\n" not in patched.error and contents(tmp_path) == before
+        line = HOSTS["repa"].insertions[0]
+        outside.write_text(outside.read_text().replace(line.anchor, f"{line.anchor}\n{line.line}"))
+        before = contents(tmp_path)
+        assert "no line can be put" in vrpo("check", tree).out
+        assert vrpo("unpatch", tree).status == 1
+    else:
+        assert checked.status == patched.status == 0 and contents(tmp_path) != before
+        assert vrpo("unpatch", tree).status == 0
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("file", ["train.py", "loss.py"])
+def test_a_pipe_is_no_script_and_is_not_waited_for(vrpo, file: str, tree: Path) -> None:
+    (tree / file).unlink()
+    os.mkfifo(tree / file)
+    for command in ("check", "patch", "unpatch"):
+        shown = vrpo(command, tree, "--host", "repa")
+        assert shown.status == 1 and shown.error.startswith("HostNotFoundError: ") and "\n" not in shown.error
+
+
+@pytest.mark.parametrize("command", ["check", "patch", "unpatch"])
+def test_a_name_that_is_too_long_gets_one_line(vrpo, command: str, tmp_path: Path) -> None:
+    shown = vrpo(command, tmp_path / ("a" * 300))
+    assert shown.status == 1 and "expected a folder, got nothing there" in shown.error
 
 
 def test_export(vrpo, tmp_path: Path) -> None:

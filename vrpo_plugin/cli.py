@@ -78,7 +78,7 @@ def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _check(root: Path, host: str | None, allow_unverified: bool) -> int:
-    from vrpo_plugin.hosts.report import describe_host, describe_result
+    from vrpo_plugin.hosts.report import describe_host, describe_result, say
     from vrpo_plugin.hosts.tree import hosts_in
 
     allow_unverified = allow_unverified or _unverified_by_environment()
@@ -86,7 +86,7 @@ def _check(root: Path, host: str | None, allow_unverified: bool) -> int:
     for place in hosts_in(root, host):
         applies, lines = describe_result(place.spec, place.folder, root, allow_unverified=allow_unverified)
         all_apply = all_apply and applies
-        print("\n".join([*describe_host(place.spec, place.folder), *lines]))
+        say([*describe_host(place.spec, place.folder), *lines])
     return 0 if all_apply else 1
 
 
@@ -111,19 +111,19 @@ def _add_patch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _patch(root: Path, host: str | None, script: str | None, allow_unverified: bool) -> None:
-    from vrpo_plugin.hosts.report import describe_states
+    from vrpo_plugin.hosts.report import describe_states, say
     from vrpo_plugin.hosts.tree import patch_tree
 
     allow_unverified = allow_unverified or _unverified_by_environment()
     states = patch_tree(root, host=host, script=script, allow_unverified=allow_unverified)
-    print("\n".join(describe_states(states, "patched")))
+    say(describe_states(states, "patched"))
 
 
 def _unpatch(root: Path, host: str | None, script: str | None) -> None:
-    from vrpo_plugin.hosts.report import describe_states
+    from vrpo_plugin.hosts.report import describe_states, say
     from vrpo_plugin.hosts.tree import unpatch_tree
 
-    print("\n".join(describe_states(unpatch_tree(root, host=host, script=script), "unpatched")))
+    say(describe_states(unpatch_tree(root, host=host, script=script), "unpatched"))
 
 
 def _add_host_options(command: argparse.ArgumentParser) -> None:
@@ -162,9 +162,10 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def _export(checkpoint: Path, out: Path, overwrite: bool) -> None:
     from vrpo_plugin.hosts.checkpoint import export_checkpoint
+    from vrpo_plugin.hosts.report import say
 
     removed = export_checkpoint(checkpoint, out, overwrite=overwrite)
-    print(f"wrote {out}: left out {removed} tensors of the aligner" if removed else f"wrote {out}: it held no aligner")
+    say([f"wrote {out}: left out {removed} tensors of the aligner" if removed else f"wrote {out}: it held no aligner"])
 
 
 if __name__ == "__main__":

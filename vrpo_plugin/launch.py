@@ -17,7 +17,7 @@ from vrpo_plugin.hosts.apply import apply_vrpo
 from vrpo_plugin.hosts.base import HostSpec
 from vrpo_plugin.hosts.known import find_spec, host_of_script
 from vrpo_plugin.hosts.options import FLAGS, KEYS, parse_value, resolve_settings
-from vrpo_plugin.hosts.report import describe_host, describe_settings
+from vrpo_plugin.hosts.report import describe_host, describe_settings, say
 from vrpo_plugin.hosts.session import is_main_process, never_fired
 from vrpo_plugin.patching.handle import PatchHandle
 
@@ -102,7 +102,7 @@ def prepare(command: Command) -> tuple[HostSpec, PatchHandle] | None:
     Raises:
         VRPOError: the script, its host or the settings are not right.
     """
-    if not command.script.is_file():
+    if not os.path.isfile(command.script):
         raise HostNotFoundError(
             explain("script", expected="a training script", got=f"no file {command.script}", do="Correct its path.")
         )
@@ -111,7 +111,7 @@ def prepare(command: Command) -> tuple[HostSpec, PatchHandle] | None:
     spec = find_spec(host) if host else host_of_script(command.script)
     folder = command.script.resolve().parent
     if command.dry_run:
-        print("\n".join([*describe_host(spec, folder), *describe_settings(spec, config, options)]))
+        say([*describe_host(spec, folder), *describe_settings(spec, config, options)])
         return None
     sys.argv = [str(command.script), *command.arguments]
     # As for 'python train.py': the script's folder, and not the current one, which '-m' puts there.

@@ -295,6 +295,37 @@ def test_namespace_is_allowed_while_reading_and_then_as_before(already: bool, so
         torch.serialization.add_safe_globals([*before])
 
 
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.eye(3).to_sparse(), torch.ones(1).expand(1 << 46), torch.ones(3, device="meta")],
+    ids=["sparse", "larger than memory", "without memory"],
+)
+def test_a_tensor_that_safetensors_cannot_hold(tensor: torch.Tensor, tmp_path: Path, out: Path) -> None:
+    torch.save({"model": {}, "ema": {"a": tensor}}, tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match=r"c\.pt: ema: expected tensors that safetensors holds") as caught:
+        export_checkpoint(tmp_path / "c.pt", out.with_suffix(".safetensors"))
+    assert "\n" not in str(caught.value) and not out.with_suffix(".safetensors").exists()
+
+
+def test_versions_of_layers_that_are_none(tmp_path: Path, out: Path) -> None:
+    weights = OrderedDict(a=torch.ones(1))
+    weights._metadata = [1]  # type: ignore[attr-defined]
+    torch.save({"model": {}, "ema": weights}, tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match="expected 'model' and 'ema', two mappings of tensors"):
+        export_checkpoint(tmp_path / "c.pt", out)
+
+
+def test_a_name_that_is_too_long(source: Path, out: Path) -> None:
+    with pytest.raises(CheckpointError, match="expected a file that can be written"):
+        export_checkpoint(source, out.with_name("a" * 300 + ".pt"))
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_odd_protocol_is_no_second_line(tmp_path: Path, out: Path) -> None:
+    torch.save({"model": {}, "ema": {}}, tmp_path / "c.pt", pickle_protocol=3)
+    assert export_checkpoint(tmp_path / "c.pt", out) == 0
+
+
 def test_missing_file(tmp_path: Path, out: Path) -> None:
     with pytest.raises(CheckpointError, match=r"none\.pt: expected a checkpoint, got .*No such file"):
         export_checkpoint(tmp_path / "none.pt", out)

@@ -2,6 +2,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import os
 import textwrap
 from pathlib import Path
 
@@ -361,3 +362,23 @@ def test_missing_file_is_refused_with_the_name(root: Path) -> None:
         verify_points(root, [point(), missing])
     assert str(error.value).startswith(f"{root / 'models' / 'sit.py'}: Model.forward: expected")
     assert "got no readable file" in str(error.value)
+
+
+DEEP = {
+    "codec": b"# coding: rot13\n",
+    "sum": b"a" + b"+a" * 50000,
+    "attribute": b"class A:\n def f(s):\n  a" + b".a" * 3000,
+}
+
+
+@pytest.mark.parametrize("source", DEEP.values(), ids=DEEP.keys())
+def test_source_that_cannot_be_followed_is_refused(tmp_path: Path, source: bytes) -> None:
+    (tmp_path / "a.py").write_bytes(source)
+    with pytest.raises(HostChangedError, match="expected Python source, got"):
+        inspect_point(tmp_path, SourcePoint("a.py", "A.f", ("s",), {}))
+
+
+def test_a_pipe_is_no_readable_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.py")
+    with pytest.raises(HostNotFoundError, match="something else than a file"):
+        read_tree(tmp_path / "a.py")

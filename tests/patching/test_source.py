@@ -263,6 +263,13 @@ def test_line_that_the_scripts_encoding_makes_another_is_refused(tmp_path: Path)
     assert patch_file(tree_of(tmp_path, SCRIPT), insertion).changed
 
 
+@pytest.mark.parametrize("head", [b"# coding: utf-7\n# +AAo-\n", b"# coding: unicode_escape\n# \\n\n"])
+def test_line_that_could_not_be_found_again_is_refused(tmp_path: Path, head: bytes) -> None:
+    """The text has a line more than the bytes, so that ours would go in one line late."""
+    root = tree_of(tmp_path, head + ANCHOR.encode() + b"\n# one\n# more\n")
+    refused(patch_file, root, HostChangedError, "an encoding whose lines are not those of the bytes")
+
+
 @pytest.mark.parametrize("call", [patch_file, unpatch_file])
 def test_our_line_twice_is_a_conflict(tmp_path: Path, call: Callable[[Path, Insertion], object]) -> None:
     root = tree_of(tmp_path, PATCHED + OURS + b"\n")

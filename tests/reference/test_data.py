@@ -299,6 +299,7 @@ REPA_DAMAGE = [
     (lambda root: np.save(feature(root), np.zeros((7, 32, 32), np.float32)), feature, "(2C, H, W)"),
     (lambda root: np.save(feature(root), np.zeros((8, 32, 32), np.int64)), feature, "got int64"),
     (lambda root: np.save(feature(root), np.array([{}]), allow_pickle=True), feature, "npy"),
+    (lambda root: np.savez(open(feature(root), "wb"), mu=np.ones(1)), feature, "an archive of several arrays"),  # noqa: SIM115
     (lambda root: os.truncate(feature(root), 200), feature, "npy"),
     (lambda root: os.truncate(feature(root), 0), feature, "npy"),
     (lambda root: os.truncate(image(root), 90), image, "readable image"),

@@ -5,6 +5,7 @@ import contextlib
 import copy
 import os
 import re
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -73,11 +74,8 @@ def export_checkpoint(source: Path, out: Path, *, overwrite: bool = False) -> in
     if out.suffix == ".pt":
         _write(out, lambda file: torch.save(plain, file))
     else:
-        from safetensors.torch import save
-
-        # Copies of their own: safetensors refuses memory that two tensors share.
-        ema = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in plain["ema"].items()}
-        _write(out, lambda file: file.write(save(ema)))
+        data = _as_safetensors(plain["ema"], str(source))
+        _write(out, lambda file: file.write(data))
     return removed
 
 
@@ -146,7 +144,8 @@ def _read(source: Path) -> dict[str, Any]:
     # Hosts save their arguments as they are. The block's end would also take away what was allowed before it.
     allowed = {argparse.Namespace} - {*torch.serialization.get_safe_globals()}
     try:
-        with torch.serialization.safe_globals([*allowed]):
+        with torch.serialization.safe_globals([*allowed]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle's odd protocol: what comes of it says enough
             checkpoint = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever a damaged file makes it stumble over
         foreign = re.search(r"\bGLOBAL ([\w.]+)", str(error))
@@ -162,16 +161,31 @@ def _read(source: Path) -> dict[str, Any]:
 
 
 def _is_weights(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    if not isinstance(value, dict) or not isinstance(getattr(value, "_metadata", {}), dict):
+        return False
+    return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+
+
+def _as_safetensors(weights: dict[str, Tensor], name: str) -> bytes:
+    from safetensors.torch import save
+
+    try:
+        # Copies of their own: safetensors refuses memory that two tensors share.
+        return save({k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in weights.items()})
+    except Exception as error:  # sparse, quantized or huge: what torch and safetensors raise has no common class
+        got, do = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0][:200], "Export to a .pt file."
+        raise CheckpointError(
+            explain(f"{name}: ema", expected="tensors that safetensors holds", got=got, do=do)
+        ) from error
 
 
 def _check_out(source: Path, out: Path, *, overwrite: bool) -> None:
     if out.suffix not in (".pt", ".safetensors"):
         expected, do = "a file ending in .pt or .safetensors", "Rename it."
         raise CheckpointError(explain(str(out), expected=expected, got=out.suffix or "no ending", do=do))
-    if not out.exists():
+    if not os.path.exists(out):
         return
-    if source.exists() and out.samefile(source):
+    if os.path.exists(source) and out.samefile(source):
         do = "Write to another file."
         raise CheckpointError(explain(str(out), expected="another file than the checkpoint", got="the same", do=do))
     if not overwrite or not out.is_file():

@@ -1,5 +1,6 @@
 """The supported hosts, and which of them a folder is."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,14 +60,15 @@ def find_candidates(root: Path) -> list[Candidate]:
         HostNotFoundError: the folder does not exist.
         HostChangedError: a file with a seam is no Python source.
     """
-    if not root.is_dir():
-        got = "a file" if root.exists() else "nothing there"
+    # Not Path's own: it raises where a folder may not be searched or a name is too long.
+    if not os.path.isdir(root):
+        got = "a file" if os.path.exists(root) else "nothing there"
         raise HostNotFoundError(explain(str(root), expected="a folder", got=got, do="Give a checkout's folder."))
     found = []
     for spec in HOSTS.values():
         folders = dict.fromkeys((root / spec.folder, root))
         missing, folder = min(
-            ((tuple(f for f in spec.files if not (folder / f).is_file()), folder) for folder in folders),
+            ((tuple(f for f in spec.files if not os.path.isfile(folder / f)), folder) for folder in folders),
             key=lambda pair: len(pair[0]),
         )
         findings = [] if missing else [inspect_point(folder, point) for point in spec.all_points]

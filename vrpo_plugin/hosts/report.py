@@ -1,6 +1,7 @@
 """What a checkout is, and what would be done to it, as lines of text."""
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from vrpo_plugin.config import VRPOConfig
 from vrpo_plugin.errors import VRPOError
 from vrpo_plugin.hosts.base import HostSpec
 from vrpo_plugin.hosts.options import HostOptions
+from vrpo_plugin.hosts.tree import outside
 from vrpo_plugin.patching.fingerprint import Finding, inspect_point, verify_points
 from vrpo_plugin.patching.source import SourceState, read_state
 
@@ -17,6 +19,12 @@ SAID = {
     "signature": "REFUSED: parameters ({got}), expected ({expected})",
     "missing": "REFUSED: {reason}",
 }
+
+
+def say(lines: Iterable[str]) -> None:
+    """Prints lines; what the terminal cannot encode, as a folder's name in another encoding, is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write("".join(f"{line}\n" for line in lines).encode(encoding, "backslashreplace").decode(encoding))
 
 
 def describe_host(spec: HostSpec, folder: Path) -> Iterator[str]:
@@ -62,7 +70,10 @@ def describe_result(
     script = states[0].path if states else "train.py"
     lines = [f"result      can be applied with no line: accelerate launch -m vrpo_plugin.launch {script} ..."]
     refused = [state for state in states if state.line_number is None or state.status == "read-only"]
-    if all(state.status == "patched" for state in states):
+    away = [f"{state.path.name}: a link to {real}" for state in states if (real := outside(root, state.path))]
+    if away:
+        lines.append(f"result      no line can be put into {away[0]}")
+    elif all(state.status == "patched" for state in states):
         lines.append(f"result      is patched: start it as ever; 'vrpo unpatch {root}' takes the line out")
     elif refused:
         lines.append(f"result      no line can be put into {refused[0].path.name}: {refused[0].detail}")

@@ -1,11 +1,12 @@
 """The one line in every script of a checkout: put into all of them or none, and taken out again."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vrpo_plugin.config import check_keys
-from vrpo_plugin.errors import HostNotFoundError, explain
+from vrpo_plugin.errors import HostNotFoundError, VRPOError, explain
 from vrpo_plugin.hosts.base import HostSpec
 from vrpo_plugin.hosts.known import HOSTS, detect_hosts, find_candidates, find_spec
 from vrpo_plugin.patching.atomic import replace_bytes
@@ -75,9 +76,11 @@ def patch_tree(
         HostNotFoundError: the folder is no such host, or lacks a seam or a script.
         HostChangedError: a seam is of no verified version, or the line has no safe place.
         PatchConflictError: a script holds another line of ours.
-        VRPOError: a script cannot be written. In every case all scripts are as they were.
+        VRPOError: a script cannot be written, or a link leads out of the checkout to it. In every case all scripts
+            are as they were.
     """
     places = _with_script(hosts_in(root, host), script)
+    _refuse_outside(root, places)
     for place in places:
         verify_points(place.folder, place.spec.all_points, allow_unverified=allow_unverified)
     return _all_or_none(patch_file, places)
@@ -99,7 +102,7 @@ def unpatch_tree(root: Path, *, host: str | None = None, script: str | None = No
         HostNotFoundError: the folder is no such host.
         HostChangedError: a script is no Python source any more.
         PatchConflictError: a script holds another line of ours, or ours twice.
-        VRPOError: a script cannot be written. In every case all scripts are as they were.
+        VRPOError: as in :func:`patch_tree`. In every case all scripts are as they were.
     """
     specs = [find_spec(host)] if host is not None else HOSTS.values()
     everywhere = [
@@ -109,6 +112,7 @@ def unpatch_tree(root: Path, *, host: str | None = None, script: str | None = No
         replace(place, scripts=tuple(one for one in place.scripts if _holds_line(place.folder, one)))
         for place in _with_script(everywhere, script)
     ]
+    _refuse_outside(root, holding)
     if any(place.scripts for place in holding):
         return _all_or_none(unpatch_file, holding)
     return _all_or_none(unpatch_file, _with_script(hosts_in(root, host), script))
@@ -129,10 +133,28 @@ def _names(place: Place, one: Insertion) -> tuple[str, ...]:
 
 
 def _holds_line(folder: Path, one: Insertion) -> bool:
+    return one.line.encode() in _bytes_of(folder / one.file)
+
+
+def _bytes_of(path: Path) -> bytes:
     try:
-        return one.line.encode() in (folder / one.file).read_bytes()
+        return path.read_bytes() if os.path.isfile(path) else b""  # a pipe would be read for ever
     except OSError:
-        return False
+        return b""
+
+
+def outside(root: Path, path: Path) -> str:
+    """Where a script of a checkout really lies if a link leads out of the checkout, else an empty text."""
+    real, folder = os.path.realpath(path), os.path.realpath(root)
+    return "" if Path(real).is_relative_to(folder) else real
+
+
+def _refuse_outside(root: Path, places: Sequence[Place]) -> None:
+    """Who names a checkout does not expect changes in another folder."""
+    for path in (place.folder / one.file for place in places for one in place.scripts):
+        if os.path.isfile(path) and (real := outside(root, path)):
+            do = "Give the folder that it leads to, or put a copy of the file in the link's place."
+            raise VRPOError(explain(str(path), expected=f"a file inside {root}", got=f"a link to {real}", do=do))
 
 
 def _all_or_none(work: Callable[[Path, Insertion], SourceState], places: Sequence[Place]) -> list[SourceState]:
@@ -141,7 +163,7 @@ def _all_or_none(work: Callable[[Path, Insertion], SourceState], places: Sequenc
         for place in places:
             for one in place.scripts:
                 path = place.folder / one.file
-                before = path.read_bytes() if path.is_file() else b""
+                before = _bytes_of(path)
                 states.append(work(place.folder, one))
                 if states[-1].changed:
                     done.append((path, before, path.read_bytes()))

@@ -1,7 +1,10 @@
 """Which known version of a host a definition is, read from the syntax tree of its source."""
 
 import ast
+import errno
 import hashlib
+import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -13,6 +16,8 @@ from vrpo_plugin.errors import HostChangedError, HostNotFoundError, VRPOError, e
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 Status = Literal["known", "changed", "signature", "missing"]
 
+# What ast.parse and compile raise for bytes that are no Python; the last two for deep nesting.
+NOT_PYTHON = (SyntaxError, ValueError, LookupError, RecursionError, MemoryError)
 _DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _NESTING = (ast.stmt, ast.ExceptHandler, ast.match_case)
 # They repeat what the place in the tree says, or tell only how a literal was spelt.
@@ -68,6 +73,9 @@ def read_tree(path: Path) -> ast.Module:
         HostChangedError: it is no Python source.
     """
     try:
+        if not os.path.isfile(path):
+            os.stat(path)  # raises where there is nothing
+            raise OSError(errno.EINVAL, "something else than a file")  # a pipe would be read for ever
         source = path.read_bytes()
     except OSError as error:
         raise HostNotFoundError(
@@ -79,16 +87,11 @@ def read_tree(path: Path) -> ast.Module:
             )
         ) from error
     try:
-        return ast.parse(source, filename=str(path))
-    except (SyntaxError, ValueError) as error:  # ValueError: null bytes, in Python 3.10
-        raise HostChangedError(
-            explain(
-                str(path),
-                expected="Python source",
-                got=f"{type(error).__name__}: {error}",
-                do="Check the file out again, or use the Python version that it is written for.",
-            )
-        ) from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the host's own "\d", of which newer Pythons warn
+            return ast.parse(source, filename=str(path))
+    except NOT_PYTHON as error:
+        raise _no_source(path, error) from error
 
 
 def find_definition(tree: ast.Module, name: str) -> Definition | None:
@@ -144,6 +147,13 @@ def inspect_point(root: Path, point: SourcePoint) -> Finding:
         tree = read_tree(path)
     except HostNotFoundError:
         return Finding(point, path, "missing", reason="no readable file")
+    try:
+        return _compare(tree, path, point)
+    except RecursionError as error:  # deeper than this can follow, though Python's own parser could
+        raise _no_source(path, error) from error
+
+
+def _compare(tree: ast.Module, path: Path, point: SourcePoint) -> Finding:
     node = find_definition(tree, point.name)
     if node is None:
         nearest = _nearest_name(tree, point.name)
@@ -222,6 +232,12 @@ def _canonical(value: object) -> str:
     # Newer versions add fields that are None or empty for all source that older ones can read.
     kept = (f"{name}={_canonical(field)}" for name, field in fields.items() if field is not None and field != [])
     return f"{type(value).__name__}({','.join(kept)})"
+
+
+def _no_source(path: Path, error: Exception) -> HostChangedError:
+    got = f"{type(error).__name__}: {error}"
+    do = "Check the file out again, or use the Python version that it is written for."
+    return HostChangedError(explain(str(path), expected="Python source", got=got, do=do))
 
 
 def _refusal(root: Path, finding: Finding) -> VRPOError:

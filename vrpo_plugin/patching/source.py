@@ -19,6 +19,7 @@ from typing import Literal
 
 from vrpo_plugin.errors import HostChangedError, HostNotFoundError, PatchConflictError, VRPOError, explain
 from vrpo_plugin.patching.atomic import replace_bytes, why_read_only
+from vrpo_plugin.patching.fingerprint import NOT_PYTHON
 from vrpo_plugin.patching.lines import insert_line, newline_of, remove_line
 
 Status = Literal[
@@ -34,8 +35,6 @@ Status = Literal[
     "read-only",
 ]
 
-# What ast.parse and compile raise for bytes that are no Python; the last two for deep nesting.
-_NOT_PYTHON = (SyntaxError, ValueError, LookupError, RecursionError, MemoryError)
 _IMPORTS = (ast.Import, ast.ImportFrom)
 # An import of ours, commented out or not, and any call; a sentence that names the package is neither.
 _OTHER_VERSION = re.compile(rb"(?:^|;)[\s#]*(?:import\b[^#]*|from\s+)\bvrpo_plugin\b|\bvrpo_plugin\.apply")
@@ -147,7 +146,7 @@ def unpatch_file(root: Path, insertion: Insertion) -> SourceState:
     state, data = _inspect(root / insertion.file, insertion)
     try:
         tree = _compiled(data)
-    except _NOT_PYTHON:
+    except NOT_PYTHON:
         raise _refusal(state, insertion) from None
     ours = _our_lines(data, tree, insertion)
     if len(ours) > 1 or (not ours and state.status in ("missing file", "foreign patch")):
@@ -226,7 +225,7 @@ def _look(data: bytes, insertion: Insertion) -> tuple[Status, str, int | None]:
     """Status (``clean`` for all that can be patched), what was seen, and the line of :class:`SourceState`."""
     try:
         tree = _compiled(data)
-    except _NOT_PYTHON as error:
+    except NOT_PYTHON as error:
         return "broken", f"{type(error).__name__}: {error}", None
     lines = data.splitlines()
     ours = _our_lines(data, tree, insertion)
@@ -249,13 +248,16 @@ def _look(data: bytes, insertion: Insertion) -> tuple[Status, str, int | None]:
     if any(node.lineno == last for node in tree.body[index:]) or lines[last - 1].endswith(b"\\"):
         return "shared line", f"more on line {last}", None
     expected = [*tree.body[:index], *ast.parse(insertion.line).body, *tree.body[index:]]
-    if why := _misfit(insert_line(data, last, insertion.line.encode()), expected):
+    new = insert_line(data, last, insertion.line.encode())
+    if why := _misfit(new, expected):
         return "broken", f"with our line {why}", None
+    if _our_lines(new, _compiled(new), insertion) != [last + 1]:  # it could not be found again to take it out
+        return "broken", "an encoding whose lines are not those of the bytes", None
     return "clean", f"'{insertion.anchor}' ends at line {last}", last
 
 
 def _compiled(data: bytes) -> ast.Module:
-    """The syntax tree of bytes that compile; raises ``_NOT_PYTHON`` for others."""
+    """The syntax tree of bytes that compile; raises ``NOT_PYTHON`` for others."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the host's own "\d" is no error, whatever -W says
         compile(data, "<host>", "exec", dont_inherit=True)  # sees what the parser does not: a late __future__ import
@@ -266,7 +268,7 @@ def _misfit(data: bytes, expected: list[ast.stmt]) -> str:
     """How bytes differ from the expected statements; empty if they do not."""
     try:
         same = _dumps(_compiled(data).body) == _dumps(expected)
-    except _NOT_PYTHON as error:
+    except NOT_PYTHON as error:
         return f"{type(error).__name__}: {error}"
     return "" if same else "other code"
 

@@ -345,7 +345,11 @@ def _read_moments(path: Path) -> Tensor:
 
 def _read_array(path: Path) -> np.ndarray:
     try:
-        return np.load(path, allow_pickle=False)
+        with open(path, "rb") as file:
+            array = np.load(file, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("an archive of several arrays")
+        return array
     except (OSError, ValueError, EOFError) as error:
         raise data_error(path, "a readable npy file", error, "Replace or remove the file.") from error
 
