@@ -17,11 +17,12 @@ from reliability_files import mutations
 from reliability_hosts import hosts
 from reliability_parts import Part
 from reliability_pickles import pickles
-from reliability_runs import kills
+from reliability_runs import faults, kills
 
 # A part's name: its function of (output, count, seed), and the count that docs/reliability.md reports.
 PARTS: dict[str, tuple[Callable[[Path, int, int], Part], int]] = {
     "kills": (kills, 20),
+    "faults": (faults, 16),
     "mutations": (mutations, 1000),
     "calls": (calls, 100_000),
     "hosts": (hosts, 1000),
@@ -36,6 +37,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, help="instead of each part's own")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if arguments.output.exists() and any(arguments.output.iterdir()):
+        sys.exit(f"{arguments.output}: expected a new or empty folder. Name another.")
     done = []
     for name in arguments.parts:
         run, count = PARTS[name]

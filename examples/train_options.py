@@ -36,6 +36,9 @@ class TrainOptions:
     output_dir: str = _option("exps", "folder of all runs")
     exp_name: str | None = _option(None, "folder of this run; by default DATA-METHOD-SEED")
     resume: bool = _option(False, "go on from the newest complete checkpoint of this run, or start")
+    resume_step: int | None = _option(
+        None, "with --resume: from this step's checkpoint, for instance as the newest is damaged"
+    )
     report_to: str = _option("none", "none, wandb, tensorboard, ... (through accelerate)")
 
     model: str = _option("SiT-B/2", "SiT-XL/2 ... SiT-S/8, SiT-Ti/1, SiT-Ti/2")
@@ -67,6 +70,7 @@ class TrainOptions:
     allow_tf32: bool = _option(False, "TF32 matrix products on Ampere and later")
     ema_decay: float = _option(0.9999, "with a warm-up, min(decay, (1 + step) / (10 + step))")
     seed: int = _option(0, "of everything random")
+    deterministic: bool = _option(False, "GPU kernels that give the same bits twice; slower")
     cfg_prob: float = _option(0.1, "share of samples without label")
     weighting: Literal["uniform", "lognormal"] = _option("uniform", "distribution of t")
 
@@ -89,6 +93,9 @@ class TrainOptions:
         for name in (*positive, "checkpointing_steps", "flush_steps", "solver_steps", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ConfigError(explain(name, expected="> 0", got=getattr(self, name), do="Correct it."))
+        if self.resume_step is not None and (self.resume_step < 1 or not self.resume):
+            got = f"{self.resume_step} {'with' if self.resume else 'without'} --resume"
+            raise ConfigError(explain("resume_step", expected=">= 1, with --resume", got=got, do="Correct it."))
         for name in ("sampling_steps", "eval_samples", "num_workers", "seed", "max_skipped_steps"):
             if getattr(self, name) < 0:
                 raise ConfigError(explain(name, expected=">= 0", got=getattr(self, name), do="Correct it."))
@@ -103,7 +110,7 @@ class TrainOptions:
 # What may differ between a run and its resumption: none of it changes a number that is trained. (The length of the
 # schedules, which is the run's where it is not given, is no such thing: give it to go on beyond the run's first end.)
 FREE_ON_RESUME = frozenset(
-    {"resume", "output_dir", "exp_name", "report_to", "num_workers", "data_dir", "enc_checkpoint", "vae"}
+    {"resume", "resume_step", "output_dir", "exp_name", "report_to", "num_workers", "data_dir", "enc_checkpoint", "vae"}
     | {"max_train_steps", "max_skipped_steps", "checkpointing_steps", "keep_last", "sampling_steps", "flush_steps"}
     | {"eval_samples", "eval_network", "eval_checkpoint", "fallback"}
     | {"solver", "solver_steps", "cfg_scale", "guidance_low", "guidance_high"}

@@ -86,8 +86,14 @@ class RunFolder:
         write_text_atomic(self.path / "config.json", json.dumps(record, indent=2) + "\n")
 
     def latest(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-        """The newest complete checkpoint, or None; metrics beyond it are cut off by :meth:`cut_metrics`."""
-        found = latest_checkpoint(self.path / "checkpoints") if self.options.resume else None
+        """The newest complete checkpoint, or None; metrics beyond it are cut off by :meth:`cut_metrics`.
+
+        Raises:
+            CheckpointError: it is damaged, or ``--resume-step`` names one that is not there. Another one is taken only
+                if it is asked for.
+        """
+        root, step = self.path / "checkpoints", self.options.resume_step
+        found = root / f"{step:07d}" if step is not None else latest_checkpoint(root) if self.options.resume else None
         return None if found is None else load_checkpoint(found)
 
     def cut_metrics(self, step: int) -> None:

@@ -1,6 +1,7 @@
 """What the example trains with: encoder, model with aligner, training step, optimizer, EMA, loader."""
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,34 @@ from vrpo_plugin.reference.data import LATENTS_SCALE, PositionBatchSampler, Trai
 from vrpo_plugin.reference.sit import SiT, create_sit
 from vrpo_plugin.reference.sources import Source
 from vrpo_plugin.targets import Targets, load_targets
+
+
+def use_deterministic_kernels() -> None:
+    """Same seed, same bits on a GPU too; torch raises where an operator has no such kernel. Before CUDA starts."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """Refuses the ways of sharding that this loop was not written for.
+
+    Raises:
+        ConfigError: DeepSpeed, Megatron-LM, or FSDP before its second version.
+    """
+    kind = accelerator.distributed_type
+    # By name, for the enumeration differs from version to version of accelerate.
+    if kind.value in ("DEEPSPEED", "MEGATRON_LM") or (
+        kind.value == "FSDP" and not getattr(accelerator, "is_fsdp2", False)
+    ):
+        raise ConfigError(
+            explain(
+                "accelerate launch",
+                expected="one process, DDP, or FSDP with fsdp_version: 2",
+                got=kind.value,
+                do="Choose another distributed_type in the accelerate configuration.",
+            )
+        )
 
 
 def build_targets(options: TrainOptions, source: Source, folder: Path, accelerator: Accelerator) -> Targets:

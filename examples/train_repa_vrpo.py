@@ -33,9 +33,11 @@ from train_parts import (
     build_model,
     build_optimizer,
     build_targets,
+    check_launch,
     describe,
     parameter_groups,
     update_ema,
+    use_deterministic_kernels,
 )
 
 from vrpo_plugin import NonFiniteGuard, VRPOConfig, VRPOError
@@ -209,11 +211,14 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the example; errors of the user's making end it with one line."""
     try:
         options, config = parse_options(argv)
+        if options.deterministic:
+            use_deterministic_kernels()
         accelerator = Accelerator(
             mixed_precision=options.mixed_precision,
             log_with=None if options.report_to == "none" else options.report_to,
             project_config=ProjectConfiguration(project_dir=str(Path(options.output_dir) / options.run_name)),
         )
+        check_launch(accelerator)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.allow_tf32
         trainer = Trainer(options, config, accelerator)
         if options.report_to != "none":

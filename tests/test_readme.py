@@ -8,8 +8,8 @@ REPO = Path(__file__).resolve().parents[1]
 README = (REPO / "README.md").read_text(encoding="utf-8")
 
 
-def _blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def _blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def test_python_blocks_run() -> None:
@@ -20,6 +20,13 @@ def test_python_blocks_run() -> None:
         exec(compile(block, "README.md", "exec"), namespace)
     assert namespace["loss"].isfinite()
     assert all(p.grad is not None for p in namespace["model"].parameters() if p.requires_grad)
+
+
+def test_python_of_the_reliability_page_runs() -> None:
+    (block,) = _blocks("python", (REPO / "docs" / "reliability.md").read_text(encoding="utf-8"))
+    namespace: dict = {}
+    exec(compile(block, "reliability.md", "exec"), namespace)
+    assert namespace["skipped"] == 0
 
 
 def test_files_in_commands_and_links_exist() -> None:

@@ -83,8 +83,10 @@ def test_killed_run_resumes_bitwise(checkpointing_steps: int, encoder: Path, str
     harness.assert_same(resumed, straight, 12)
 
 
-def test_same_seed_twice_is_identical(encoder: Path, straight: Path, tmp_path: Path) -> None:
-    harness.assert_same(harness.run(tmp_path, "again", encoder=encoder), straight, 12)
+@pytest.mark.parametrize("options", [(), ("--deterministic",)])
+def test_same_seed_twice_is_identical(options: tuple[str, ...], encoder: Path, straight: Path, tmp_path: Path) -> None:
+    # On a CPU every kernel here is deterministic anyway: the option must not change a bit, nor find one that is not.
+    harness.assert_same(harness.run(tmp_path, "again", *options, encoder=encoder), straight, 12)
 
 
 def test_two_processes_equal_one(encoder: Path, tmp_path: Path) -> None:

@@ -2,17 +2,22 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from accelerate import DistributedType
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "examples"))
 
 from train_options import METHODS, parse_options, to_dict  # noqa: E402
 from train_output import RunFolder  # noqa: E402
+from train_parts import check_launch  # noqa: E402
 
-from vrpo_plugin import ConfigError, VRPOConfig  # noqa: E402
+from vrpo_plugin import CheckpointError, ConfigError, VRPOConfig  # noqa: E402
 
 
 def test_default_is_the_digits_recipe() -> None:
@@ -127,3 +132,34 @@ def test_metrics_after_the_checkpoint_are_cut(tmp_path: Path) -> None:
     folder.append_metrics([{"step": i, "loss": 0.5} for i in range(1, 6)])
     folder.cut_metrics(3)
     assert [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_damaged_checkpoint_is_named_and_an_older_one_taken_only_if_asked_for(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    folder.start()
+    for step in (2, 4):
+        newest = folder.save(step, {"model": {"weight": torch.full((3,), float(step))}}, {"step": step})
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    with pytest.raises(CheckpointError, match=rf"{newest.name}.model\.safetensors: expected sha256"):
+        _folder(tmp_path, "--resume").latest()
+    found = _folder(tmp_path, "--resume", "--resume-step", "2").latest()
+    assert found is not None and found[1]["step"] == 2 and found[0]["model"]["weight"].tolist() == [2, 2, 2]
+    with pytest.raises(CheckpointError, match=r"0000003.manifest\.json"):
+        _folder(tmp_path, "--resume", "--resume-step", "3").latest()
+
+
+@pytest.mark.parametrize("arguments", [["--resume-step", "4"], ["--resume", "--resume-step", "0"]])
+def test_a_step_to_resume_from_needs_resume(arguments: list[str]) -> None:
+    with pytest.raises(ConfigError, match="resume_step: expected >= 1, with --resume"):
+        parse_options(arguments)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fsdp2", "refused"),
+    [("DEEPSPEED", False, True), ("FSDP", False, True), ("FSDP", True, False), ("MULTI_GPU", False, False)],
+)
+def test_sharding_that_the_loop_was_not_written_for_is_refused(kind: str, fsdp2: bool, refused: bool) -> None:
+    accelerator = SimpleNamespace(distributed_type=DistributedType(kind), is_fsdp2=fsdp2)
+    with pytest.raises(ConfigError, match=f"DDP, or FSDP .*got {kind}") if refused else nullcontext():
+        check_launch(accelerator)

@@ -193,3 +193,10 @@ def test_two_hosts_on_one_loss(host: FakeHost, tmp_path: Path) -> None:
         with pytest.raises(PatchConflictError, match=r"SILoss\.__call__: expected an attribute not yet.*'repa'"):
             other.apply(tmp_path)
         assert active_handles() == (handle,)
+
+
+@pytest.mark.parametrize("sharding", ["FSDP", "DEEPSPEED"])
+def test_sharding_is_refused(host: FakeHost, sharding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{sharding}", "true")
+    with pytest.raises(ConfigError, match=rf"accelerate launch: repa: expected one process or DDP, got {sharding}\."):
+        host.apply(tmp_path)

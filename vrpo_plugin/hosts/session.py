@@ -195,6 +195,16 @@ def is_main_process() -> bool:
 
 
 def _check(spec: HostSpec, config: VRPOConfig) -> None:
+    for sharding in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{sharding}", "false").lower() in ("1", "true"):
+            raise ConfigError(
+                explain(
+                    f"accelerate launch: {spec.name}",
+                    expected="one process or DDP",
+                    got=sharding,
+                    do="Choose another distributed_type in the accelerate configuration.",
+                )
+            )
     default = VRPOConfig()
     owned = {"path_type": "the host's own path"}
     if spec.projects:
