@@ -88,7 +88,8 @@ def test_it_sees_a_reward_that_keeps_its_state() -> None:
 
 
 def test_it_sees_memory_that_no_tensor_holds() -> None:
-    _, memory = growth(60, rewards={"mine": leaking([], lambda state: bytearray(os.urandom(2**20)))})
+    # 160 MiB, more than a hundredth of what any test session holds.
+    _, memory = growth(60, rewards={"mine": leaking([], lambda state: bytearray(os.urandom(2**24)))})
     assert memory > 0.01
 
 

@@ -153,6 +153,7 @@ def test_metrics_are_scalars_without_gradient(model: TinySiT) -> None:
         "vrpo/critic_cos",
         "vrpo/advantage_abs",
         "vrpo/frac_reward_zero_std",
+        "vrpo/fallback",
         "vrpo/nonfinite",
         *(f"vrpo/{kind}/{name}" for kind in ("reward", "std") for name in ("semantic", "perceptual", "fidelity")),
         *(f"vrpo/weight/{name}" for name in ("semantic", "perceptual")),
@@ -554,7 +555,7 @@ def test_a_reloaded_aligner_goes_on_the_same(model: TinySiT) -> None:
     outs = [a(batch.z, hidden=hidden, **latents(batch)) for a in (aligner, other)]
     torch.testing.assert_close(everything(outs[1]), everything(outs[0]), rtol=0, atol=0)
     assert aligner.step == other.step == 4
-    assert len(aligner.state_dict()) == len(list(aligner.parameters())) + 3  # step, square_sum, count
+    assert len(aligner.state_dict()) == len(list(aligner.parameters())) + 3 + 6  # step; square_sum, count; those of the watch
 
 
 def test_validation_leaves_no_trace(model: TinySiT) -> None:

@@ -80,7 +80,7 @@ class CollapseWatch(nn.Module):
         update_buffer(self, "weight", weight)
         update_buffer(self, "best", best)
         update_buffer(self, "reward_at_best", reward_at_best)
-        update_buffer(self, "updates", self.updates + 1)
+        update_buffer(self, "updates", self.updates + (sums[1] > 0).any())
 
     @property
     def share(self) -> Tensor:

@@ -280,12 +280,14 @@ class GenerationReadout(nn.Module):
         if not (self.training and self.config.fallback):
             return
         weighted = [metrics[f"vrpo/weight/{name}"] * metrics[f"vrpo/reward/{name}"] for name in self.names]
-        live = 1 - metrics["vrpo/frac_reward_zero_std"]
-        unknown = torch.full_like(live, torch.nan)
+        fidelity = metrics["vrpo/reward/fidelity"]
+        unknown = torch.full_like(fidelity, torch.nan)
+        # Without one finite sample, every group is dead, and that says nothing of the rewards.
+        live = torch.where(torch.isfinite(fidelity), 1 - metrics["vrpo/frac_reward_zero_std"], unknown)
         self.watch.update(
             agreement=metrics.get("vrpo/critic_cos", unknown),
             live=live,
-            fidelity=unknown if "fidelity" in self.names else metrics["vrpo/reward/fidelity"],
+            fidelity=unknown if "fidelity" in self.names else fidelity,
             reward=torch.stack(weighted).sum(),
         )
 
