@@ -282,11 +282,11 @@ class GenerationReadout(nn.Module):
         weighted = [metrics[f"vrpo/weight/{name}"] * metrics[f"vrpo/reward/{name}"] for name in self.names]
         fidelity = metrics["vrpo/reward/fidelity"]
         unknown = torch.full_like(fidelity, torch.nan)
-        # Without one finite sample, every group is dead, and that says nothing of the rewards.
-        live = torch.where(torch.isfinite(fidelity), 1 - metrics["vrpo/frac_reward_zero_std"], unknown)
+        # Without one finite sample every group is dead and every mean 0, which says nothing of critic and rewards.
+        some = torch.isfinite(fidelity)
         self.watch.update(
-            agreement=metrics.get("vrpo/critic_cos", unknown),
-            live=live,
+            agreement=torch.where(some, metrics.get("vrpo/critic_cos", unknown), torch.nan),
+            live=torch.where(some, 1 - metrics["vrpo/frac_reward_zero_std"], torch.nan),
             fidelity=unknown if "fidelity" in self.names else fidelity,
             reward=torch.stack(weighted).sum(),
         )
