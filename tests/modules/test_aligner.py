@@ -382,7 +382,7 @@ def test_rewards_that_nobody_lets_go_of_are_warned_of(
 def test_from_model_reads_the_sizes(model: TinySiT, encoder: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "vrpo_plugin"):
         aligner = VRPOAligner.from_model(model, encoder, projector_dim=16, critic_width=16, group_size=4)
-    record, _ = caplog.records  # and that the run's length is not known
+    _, record = caplog.records  # the first: that the run's length is not known
     assert "'hidden_dim': 32" in record.getMessage() and "blocks (1,)" in record.getMessage()
     assert (aligner.hidden_dim, aligner.depth, aligner.target_dims) == (32, 4, (12,))
     assert aligner.token_grid == (4, 4)
