@@ -159,7 +159,8 @@ def test_a_host_that_accumulates_calls_the_aligner_more_often(tmp_path: Path) ->
 def test_where_a_host_does_not_say_its_length_the_rewards_stay_and_it_is_said(tmp_path: Path, caplog: Any) -> None:
     with fake_host("sit") as host, host.apply(tmp_path):
         assert reward_releases(host, 3) == [1, 1, 1]
-    assert any("set reward_release_steps (VRPO_REWARD_RELEASE_STEPS)" in text for *_, text in caplog.record_tuples)
+    advice = "set reward_release_steps to the run's steps (in a host VRPO_REWARD_RELEASE_STEPS)"
+    assert any(advice in text for *_, text in caplog.record_tuples)
 
 
 # ---- other settings ----

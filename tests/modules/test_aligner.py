@@ -360,12 +360,29 @@ def test_the_true_velocity_of_a_cosine_path_gives_the_clean_latent() -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, True),
+        ({"reward_release_steps": 400}, False),
+        ({"reward_release": "none"}, False),
+        ({"reward_coeff": 0.0}, False),
+    ],
+)
+def test_rewards_that_nobody_lets_go_of_are_warned_of(
+    settings: dict[str, Any], said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "vrpo_plugin"):
+        tiny_aligner(**settings)
+    assert [("set reward_release_steps to the run's steps" in r.getMessage()) for r in caplog.records] == [True] * said
+
+
+@pytest.mark.parametrize(
     "encoder", [(12,), [12], SimpleNamespace(dims=(12,), grid=(4, 4)), SimpleNamespace(dim=12, grid=None)]
 )
 def test_from_model_reads_the_sizes(model: TinySiT, encoder: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "vrpo_plugin"):
         aligner = VRPOAligner.from_model(model, encoder, projector_dim=16, critic_width=16, group_size=4)
-    (record,) = caplog.records
+    _, record = caplog.records  # the first: that the run's length is not known
     assert "'hidden_dim': 32" in record.getMessage() and "blocks (1,)" in record.getMessage()
     assert (aligner.hidden_dim, aligner.depth, aligner.target_dims) == (32, 4, (12,))
     assert aligner.token_grid == (4, 4)
@@ -510,7 +527,7 @@ def test_latents_of_another_size_than_the_critics_are_an_error() -> None:
 
 
 def test_group_sizes_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    aligner, batch = tiny_aligner(features="none"), make_batch(10)
+    aligner, batch = tiny_aligner(features="none", reward_release="none"), make_batch(10)
     with caplog.at_level(logging.WARNING, "vrpo_plugin"), warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(3):
@@ -530,7 +547,7 @@ def test_a_batch_of_one_is_warned_of_once() -> None:
 
 @pytest.mark.parametrize(("size", "settings"), [(8, {}), (10, {"reward_coeff": 0.0}), (8, {"group": "image"})])
 def test_nothing_is_said_of_what_fits(size: int, settings: Any, caplog: pytest.LogCaptureFixture) -> None:
-    aligner, batch = tiny_aligner(**settings), make_batch(size)
+    aligner, batch = tiny_aligner(reward_release="none", **settings), make_batch(size)
     with caplog.at_level(logging.WARNING, "vrpo_plugin"), warnings.catch_warnings():
         warnings.simplefilter("error")
         aligner(batch.z, hidden=torch.randn(size, 16, 32), **latents(batch))
@@ -555,7 +572,9 @@ def test_a_reloaded_aligner_goes_on_the_same(model: TinySiT) -> None:
     outs = [a(batch.z, hidden=hidden, **latents(batch)) for a in (aligner, other)]
     torch.testing.assert_close(everything(outs[1]), everything(outs[0]), rtol=0, atol=0)
     assert aligner.step == other.step == 4
-    assert len(aligner.state_dict()) == len(list(aligner.parameters())) + 3 + 6  # step; square_sum, count; those of the watch
+    assert (
+        len(aligner.state_dict()) == len(list(aligner.parameters())) + 3 + 6
+    )  # step; square_sum, count; those of the watch
 
 
 def test_validation_leaves_no_trace(model: TinySiT) -> None:

@@ -71,11 +71,6 @@ class Session:
         config = replace(self.config, proj_coeff=0.0) if self.spec.projects else self.config
         if self.total_calls is not None:
             config = config.for_run(self.total_calls)
-        elif config.reward_coeff and config.reward_release == "linear" and not config.reward_release_steps:
-            logger.warning(
-                "vrpo_plugin: the length of the run is not known, so the rewards keep their weight. They are best let "
-                "go of over the run: set reward_release_steps (VRPO_REWARD_RELEASE_STEPS) to its steps."
-            )
         sizes = self.spec.sizes(model)
         if self.targets is None and self.spec.needs_encoder:
             from vrpo_plugin.hosts.pixels import load_pixel_targets

@@ -144,6 +144,15 @@ class VRPOAligner(nn.Module):
             self.projectors = self._build_projectors()
             self.generation = self._build_generation(latent_shape, rewards or {}, black_box_rewards or {})
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        if (
+            self.generation is not None
+            and self.config.reward_release == "linear"
+            and not self.config.reward_release_steps
+        ):
+            logger.warning(
+                "the length of the run is not known, so the rewards keep their weight. Runs that let go of them ended "
+                "lower: set reward_release_steps to the run's steps (in a host VRPO_REWARD_RELEASE_STEPS)."
+            )
 
     def _build_projectors(self) -> nn.ModuleList:
         if self.config.features != "policy" or not self.own_projectors:
