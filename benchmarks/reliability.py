@@ -43,7 +43,7 @@ def main() -> None:
     for name in arguments.parts:
         run, count = PARTS[name]
         done.append(run(arguments.output / name, arguments.count or count, arguments.seed))
-    print(*done, sep="\n")
+        print(done[-1], flush=True)
     sys.exit(any(part.failures for part in done))
 
 
