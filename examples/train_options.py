@@ -112,7 +112,7 @@ class TrainOptions:
 FREE_ON_RESUME = frozenset(
     {"resume", "resume_step", "output_dir", "exp_name", "report_to", "num_workers", "data_dir", "enc_checkpoint", "vae"}
     | {"max_train_steps", "max_skipped_steps", "checkpointing_steps", "keep_last", "sampling_steps", "flush_steps"}
-    | {"eval_samples", "eval_network", "eval_checkpoint", "fallback"}
+    | {"eval_samples", "eval_network", "eval_checkpoint", "fallback", "deterministic"}
     | {"solver", "solver_steps", "cfg_scale", "guidance_low", "guidance_high"}
 )
 
