@@ -29,6 +29,11 @@ def best_point(run: Record, judge: str) -> Record:
     return min((p for p in run["points"] if p["step"] == end), key=lambda p: p["judges"][judge]["fd"])
 
 
+def is_guided(runs: Iterable[Record]) -> bool:
+    """Whether any of the runs was judged with guidance."""
+    return any(point["guidance"] != 1 for run in runs for point in run["points"])
+
+
 def steps_to(points: Sequence[tuple[int, float]], distance: float) -> float | None:
     """Steps until a curve is at a distance for the first time, linear in log distance between its points.
 
@@ -71,8 +76,8 @@ def compare_runs(runs: Sequence[Record], method: str, baseline: str, judge: str,
         ``steps_ratio`` and ``compute_ratio``, the baseline's cost to its own final distance over the method's cost to
         the same distance (above 1 is a win; in compute with the training of a critic beforehand); ``fd_ratio``,
         ``fd_ratio_best_guidance`` and ``fd_ratio_equal_compute``, the method's distance over the baseline's (below 1
-        is a win); ``fd_difference``, paired. A value is None where the method never gets there, or its curve does
-        not reach so far.
+        is a win); ``fd_difference``, paired. A value is None where the method never gets there, its curve does
+        not reach so far, or a single point is no curve and no guidance was tried.
     """
     of_method, of_baseline = _by_seed(runs, method), _by_seed(runs, baseline)
     price, before = costs[method]["mmacs"] / costs[baseline]["mmacs"], costs[method]["critic_steps"]
@@ -91,13 +96,13 @@ def compare_runs(runs: Sequence[Record], method: str, baseline: str, judge: str,
         ours, theirs = of_method[seed], of_baseline[seed]
         points = curve(ours, judge)
         end, final = curve(theirs, judge)[-1]
-        reached, last = steps_to(points, final), points[-1][1]
+        reached, last = steps_to(points, final) if len(points) > 1 else None, points[-1][1]
         affordable = distance_at(points, end / price - before)
         rows["steps_ratio"].append(None if reached is None else end / reached)
         rows["compute_ratio"].append(None if reached is None else end / ((reached + before) * price))
         rows["fd_ratio"].append(last / final)
         best = best_point(ours, judge)["judges"][judge]["fd"] / best_point(theirs, judge)["judges"][judge]["fd"]
-        rows["fd_ratio_best_guidance"].append(best)
+        rows["fd_ratio_best_guidance"].append(best if is_guided([ours, theirs]) else None)
         rows["fd_ratio_equal_compute"].append(None if affordable is None else affordable / final)
         rows["fd_difference"].append(last - final)
     return {name: spread_of(values) for name, values in rows.items()}
@@ -118,8 +123,9 @@ def summarize(
 def table(runs: Sequence[Record], judges: Sequence[str], costs: Mapping[str, Any]) -> str:
     """Markdown: one row per method, means over its seeds, distances with their standard deviation."""
     head = ["method", "seeds", "MMAC", "critic", "its training", *(f"FD {judge}" for judge in judges)]
-    head += [f"best guidance, {judge}" for judge in judges]
-    head += ["precision", "recall", "precision, guided", "recall, guided", "validation loss"]
+    guided = is_guided(runs)
+    head += [f"best guidance, {judge}" for judge in judges if guided]
+    head += ["precision", "recall", *(["precision, guided", "recall, guided"] if guided else []), "validation loss"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for method in dict.fromkeys(run["method"] for run in runs):
         own = [run for run in runs if run["method"] == method]
@@ -127,13 +133,12 @@ def table(runs: Sequence[Record], judges: Sequence[str], costs: Mapping[str, Any
         cells = [method, str(len(own)), f"{costs[method]['mmacs']:.0f}", f"{costs[method]['critic_share']:.1%}"]
         cells.append(f"{costs[method]['critic_steps']:.0f}")
         cells += [_plus_minus(end["judges"][judge]["fd"] for end in ends) for judge in judges]
-        for judge in judges:
+        for judge in judges if guided else ():
             best = [best_point(run, judge) for run in own]
             scales = sorted({point["guidance"] for point in best})
             distances = _plus_minus(point["judges"][judge]["fd"] for point in best)
             cells.append(f"{distances} ({', '.join(f'{scale:g}' for scale in scales)})")
-        guided = [best_point(run, judges[0]) for run in own]
-        for points in (ends, guided):
+        for points in (ends, [best_point(run, judges[0]) for run in own])[: 1 + guided]:
             for name in ("precision", "recall"):
                 cells.append(f"{statistics.mean(point['judges'][judges[0]][name] for point in points):.3f}")
         cells.append(f"{statistics.mean(end['denoising_loss'] for end in ends):.4f}")
@@ -143,7 +148,8 @@ def table(runs: Sequence[Record], judges: Sequence[str], costs: Mapping[str, Any
 
 def ratio_lines(summary: Mapping[str, Any]) -> str:
     """The ratios of every method, judge by judge, and last those of the candidate in the first judge."""
-    names = [name for name, value in next(iter(next(iter(summary["methods"].values())).values())).items() if value]
+    compared = [ratios for by_judge in summary["methods"].values() for ratios in by_judge.values()]
+    names = [name for name in compared[0] if any(ratios[name]["mean"] is not None for ratios in compared)]
     lines = []
     for method, by_judge in summary["methods"].items():
         if method == summary["baseline"]:

@@ -2,12 +2,13 @@
 
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from reliability_parts import Part
 from reliability_runs import STEPS, straight_run
+from torch import Tensor
 
 from vrpo_plugin import CheckpointError
 from vrpo_plugin.reference.checkpoint import load_checkpoint
@@ -36,12 +37,17 @@ def mutations(output: Path, count: int, seed: int) -> Part:
             part.fail(f"{i}: {kind} in {file.name}: {error!r}")
             continue
         part.add("loaded, the damage had changed nothing")
-        same = found == state and all(
-            torch.equal(value, right[group][name]) for group, named in tensors.items() for name, value in named.items()
-        )
-        if not same or tensors.keys() != right.keys():
+        if found != state or not alike(tensors, right):
             part.fail(f"{i}: {kind} in {file.name}: other values were loaded")
     return part
+
+
+def alike(a: Mapping[str, Mapping[str, Tensor]], b: Mapping[str, Mapping[str, Tensor]]) -> bool:
+    """The same groups of the same tensors, to the bit."""
+    return a.keys() == b.keys() and all(
+        named.keys() == b[group].keys() and all(torch.equal(value, b[group][name]) for name, value in named.items())
+        for group, named in a.items()
+    )
 
 
 def _flip(file: Path, generator: random.Random) -> None:
