@@ -73,6 +73,7 @@ def test_bad_settings_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_repa_latents_train_a_critic(tmp_path: Path) -> None:
     import numpy as np
     from PIL import Image
