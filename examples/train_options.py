@@ -70,7 +70,7 @@ class TrainOptions:
     allow_tf32: bool = _option(False, "TF32 matrix products on Ampere and later")
     ema_decay: float = _option(0.9999, "with a warm-up, min(decay, (1 + step) / (10 + step))")
     seed: int = _option(0, "of everything random")
-    deterministic: bool = _option(False, "GPU kernels that give the same bits twice; slower")
+    deterministic: bool = _option(False, "GPU kernels that give the same bits twice")
     cfg_prob: float = _option(0.1, "share of samples without label")
     weighting: Literal["uniform", "lognormal"] = _option("uniform", "distribution of t")
 

@@ -9,8 +9,7 @@ from vrpo_plugin.modules.statistics import update_buffer
 DECAY = 0.99
 WARM_UP = 200  # updates before anything is judged: a critic that learns beside the model starts from nothing
 SMALLEST_ERROR = 1e-4  # squared errors below it count as it
-# What each signal may lose of its best before that is a collapse, and what it then means. The runs behind
-# docs/results.md stay far from it: their critics' agreement lost 0.4% at most, their fidelity 6%.
+# What each signal may lose of its best before that is a collapse, and what it then means.
 SIGNALS = (
     (0.5, "the critic's agreement with the encoder (vrpo/critic_cos) has fallen to less than half of its best"),
     (0.05, "the rewards no longer tell the samples of a group apart (vrpo/frac_reward_zero_std)"),
