@@ -181,7 +181,8 @@ class SkippedSteps:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.in_a_row: list[Mapping[str, float | int | None]] = []
+        self.in_a_row = 0
+        self.first: Mapping[str, float | int | None] = {}  # of those
 
     def add(self, rows: Sequence[Mapping[str, float | int | None]]) -> None:
         """Takes the rows of metrics.jsonl, in order.
@@ -190,16 +191,17 @@ class SkippedSteps:
             NonFiniteError: more steps in a row than the limit; names the first of them, and what was not finite.
         """
         for row in rows:
-            self.in_a_row = [*self.in_a_row, row] if row["skipped"] else []
-            if len(self.in_a_row) > self.limit:
-                first = self.in_a_row[0]
-                counted = [name for name, value in first.items() if "nonfinite" in name and value]
-                unknown = [name for name, value in first.items() if value is None]
+            self.in_a_row = self.in_a_row + 1 if row["skipped"] else 0
+            if self.in_a_row == 1:
+                self.first = row
+            if self.in_a_row > self.limit:
+                counted = [name for name, value in self.first.items() if "nonfinite" in name and value]
+                unknown = [name for name, value in self.first.items() if value is None]
                 raise NonFiniteError(
                     explain(
-                        f"step {first['step']}",
+                        f"step {self.first['step']}",
                         expected=f"at most {self.limit} steps in a row that are not finite",
-                        got=f"{len(self.in_a_row)}, beginning with {', '.join(counted + unknown)}",
+                        got=f"{self.in_a_row}, beginning with {', '.join(counted + unknown)}",
                         do="Weights and moments are those before that step: look at what is named there.",
                     )
                 )
