@@ -55,18 +55,21 @@ class Benchmark:
 
     @property
     def training_data(self) -> Path | None:
-        """``DATA/train`` where it exists, else ``DATA``; None: the digits."""
-        train = self.data / "train" if self.data else None
-        return train if train is not None and train.is_dir() else self.data
+        """``DATA/train`` or ``DATA/train.npz`` where one exists, else ``DATA``; None: the digits."""
+        return self._part("train") or self.data
+
+    def _part(self, *names: str) -> Path | None:
+        """The first folder or array file of these names in ``DATA``."""
+        paths = [self.data / file for name in names for file in (name, f"{name}.npz")] if self.data else []
+        return next((path for path in paths if path.exists()), None)
 
     def source(self) -> Source:
         """The training images."""
         return open_source(self.training_data, self.recipe.resolution)
 
     def held_out(self) -> Tensor:
-        """Validation images uint8 (N, C, H, W), of ``DATA/test`` or ``DATA/val``; else training images."""
-        folders = [self.data / name for name in ("test", "val")] if self.data else []
-        found = next((folder for folder in folders if folder.is_dir()), self.training_data)
+        """Validation images uint8 (N, C, H, W), of ``DATA``'s test or val; else training images."""
+        found = self._part("test", "val") or self.training_data
         return all_images(open_source(found, self.recipe.resolution), self.recipe.evaluation.held_out)[0]
 
     def network_file(self, name: str) -> Path:

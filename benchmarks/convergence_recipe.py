@@ -55,6 +55,10 @@ class EvaluationRecipe:
     held_out: int = 512
     precision: str = "no"
 
+    def points(self) -> list[tuple[int, float]]:
+        """(step, guidance scale) of all that is judged."""
+        return [(step, 1.0) for step in self.steps] + [(self.steps[-1], float(scale)) for scale in self.guidance]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:

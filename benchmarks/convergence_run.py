@@ -3,6 +3,7 @@
 import argparse
 import json
 import statistics
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,47 +31,57 @@ TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the validation losses
 
 
 class Judge:
-    """Judges the checkpoints of one run.
+    """Judges models of a benchmark's runs.
 
     Args:
-        run: trained, or being trained by nobody else.
+        benchmark: its networks are there.
         device: where to sample.
     """
 
-    def __init__(self, run: Run, device: torch.device) -> None:
-        self.run, self.device = run, device
-        self.recipe = run.benchmark.recipe.evaluation
-        self.options, self.config = run.options()
-        self.source = run.benchmark.source()
-        decode = build_decoder(self.options, self.source, device)
-        assert decode is not None  # pixels
-        self.decode = decode
+    def __init__(self, benchmark: Benchmark, device: torch.device) -> None:
+        self.device = device
+        self.recipe = benchmark.recipe.evaluation
+        self.source = benchmark.source()
         real, _ = all_images(self.source, self.recipe.reference)
-        self.networks = {name: run.benchmark.network(name).to(device) for name in JUDGES}
+        self.networks = {name: benchmark.network(name).to(device) for name in JUDGES}
         self.real = {name: extract_features(network, real) for name, network in self.networks.items()}
-        self.encoder = run.benchmark.network(ENCODER).to(device)
-        self.held_out = run.benchmark.held_out().to(device)
+        self.encoder = benchmark.network(ENCODER).to(device)
+        self.held_out = benchmark.held_out().to(device)
 
-    def judge(self, step: int, guidance: float) -> dict[str, Any]:
-        """One point: distances, precision and recall in every judge; at guidance 1 the validation losses too."""
-        tensors, _ = load_checkpoint(self.run.checkpoint(step), self.device)
+    def judge(
+        self, run: Run, step: int, guidance: float, ema: Mapping[str, Tensor], state: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """One point: distances, precision and recall in every judge; at guidance 1 the validation losses too.
+
+        Args:
+            run: whose settings built the model.
+            step: of the weights.
+            guidance: scale.
+            ema: the averaged weights, which are sampled.
+            state: the trained weights with their aligner.
+        """
+        self.options, self.config = run.options()
         model = build_model(self.options, self.config, self.source, None).to(self.device)
-        model.load_state_dict(tensors["ema"])
+        model.load_state_dict(ema)
         options = replace(
             self.options,
             cfg_scale=guidance,
             solver=self.recipe.solver,
             solver_steps=self.recipe.solver_steps,
         )
-        painter = Painter(options, self.config, self.source, self.decode, self.device)
+        decode = build_decoder(options, self.source, self.device)
+        assert decode is not None  # pixels
+        painter = Painter(options, self.config, self.source, decode, self.device)
+        # Many small kernels a step: a GPU is as quick with more images.
+        batch_size = 1000 if self.device.type == "cuda" else 256
         with self._precision():
-            images = painter.images(model, self.recipe.samples, SAMPLING_SEED)
+            images = painter.images(model, self.recipe.samples, SAMPLING_SEED, batch_size)
         point: dict[str, Any] = {"step": step, "guidance": guidance, "judges": {}}
         for name, network in self.networks.items():
             point["judges"][name] = self._distances(name, extract_features(network, images))
         if guidance == 1:
             point |= self._validate(model)
-            point |= self._watch(tensors["model"])
+            point |= self._watch(state)
         return point
 
     def _precision(self) -> Any:
@@ -80,7 +91,7 @@ class Judge:
         real = self.real[name]
         distance = frechet_distance(FeatureStatistics.from_features(real), FeatureStatistics.from_features(generated))
         # As many real images as generated ones: both sides have neighbourhoods of one size.
-        neighbourhoods = precision_recall(evenly_spaced(real, len(generated)), generated)
+        neighbourhoods = precision_recall(evenly_spaced(real, len(generated)).to(self.device), generated)
         return {"fd": distance, "precision": neighbourhoods.precision, "recall": neighbourhoods.recall}
 
     def _noisy(self) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -107,7 +118,7 @@ class Judge:
         return {"denoising_loss": statistics.mean(losses), "held_out_reward": held_out}
 
     @torch.no_grad()
-    def _watch(self, state: dict[str, Tensor]) -> dict[str, Any]:
+    def _watch(self, state: Mapping[str, Tensor]) -> dict[str, Any]:
         """The trained reward on the same images, of the trained weights and their critic."""
         if self.config.reward_coeff == 0:
             return {}
@@ -146,16 +157,14 @@ def _agreement(network: SmallFeatureNetwork, images: Tensor, z: Tensor) -> float
 
 def evaluate(run: Run, device: torch.device) -> None:
     """Adds the points that are missing to the run's record."""
-    evaluation = run.benchmark.recipe.evaluation
-    wanted = [(step, 1.0) for step in evaluation.steps]
-    wanted += [(evaluation.steps[-1], float(guidance)) for guidance in evaluation.guidance]
     record = run.record()
     done = {(point["step"], point["guidance"]) for point in record["points"]}
-    missing = [point for point in wanted if point not in done]
-    judge = Judge(run, device) if missing else None
+    missing = [point for point in run.benchmark.recipe.evaluation.points() if point not in done]
+    judge = Judge(run.benchmark, device) if missing else None
     for step, guidance in missing:
         assert judge is not None
-        record["points"].append(judge.judge(step, guidance))
+        tensors, _ = load_checkpoint(run.checkpoint(step), device)
+        record["points"].append(judge.judge(run, step, guidance, tensors["ema"], tensors["model"]))
         write_text_atomic(run.record_file, json.dumps(record, indent=1) + "\n")
 
 

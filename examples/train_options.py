@@ -45,9 +45,11 @@ class TrainOptions:
     qk_norm: bool = _option(False, "normalise queries and keys")
     gradient_checkpointing: bool = _option(False, "recompute blocks in the backward pass")
 
-    data_dir: str | None = _option(None, "image folder, or REPA's layout; None: scikit-learn's digits")
-    resolution: int = _option(256, "side in pixels of digits or of an image folder")
-    flip_prob: float = _option(0.0, "horizontal flips (image folders only)")
+    data_dir: str | None = _option(
+        None, "image folder, npz file of images and labels, or REPA's layout; None: scikit-learn's digits"
+    )
+    resolution: int = _option(256, "side in pixels of the images")
+    flip_prob: float = _option(0.0, "chance of a horizontal flip (stored latents are never flipped)")
     vae: str | None = _option(None, "diffusers folder or name of the SD-VAE, to decode REPA's latents")
     num_workers: int = _option(4, "data loader processes per rank")
 

@@ -234,14 +234,14 @@ class Painter:
     ) -> None:
         self.options, self.config, self.source, self.decode, self.device = options, config, source, decode, device
 
-    def images(self, model: SiT, count: int, seed: int) -> Tensor:
+    def images(self, model: SiT, count: int, seed: int, batch_size: int = 256) -> Tensor:
         """uint8 images (count, C, H, W) of evenly spread labels, the same noise on every call."""
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn((count, *self.source.latent_shape), generator=generator)
         labels = torch.arange(count) % max(self.source.num_classes, 1)
         for_sde = torch.Generator(self.device).manual_seed(seed)
-        drawn = [self._batch(model, n, y, for_sde) for n, y in zip(noise.split(256), labels.split(256), strict=True)]
-        return torch.cat(drawn)
+        batches = zip(noise.split(batch_size), labels.split(batch_size), strict=True)
+        return torch.cat([self._batch(model, n, y, for_sde) for n, y in batches])
 
     def _batch(self, model: SiT, noise: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         options = self.options

@@ -109,13 +109,17 @@ def build_ema(model: SiT) -> SiT:
     return ema.eval().requires_grad_(False)
 
 
+def ema_decay(decay: float, step: int) -> float:
+    """Decay of the average at a step: early steps count more, as they replace the initialisation."""
+    return min(decay, (1 + step) / (10 + step))
+
+
 @torch.no_grad()
-def update_ema(ema: SiT, model: SiT, decay: float, step: int, skipped: Tensor) -> None:
-    """Moves the average towards the model; early steps count more, as they replace the initialisation.
+def update_ema(ema: SiT, model: SiT, decay: float | Tensor, skipped: Tensor) -> None:
+    """Moves the average towards the model.
 
     A step that was left out (``skipped`` is 1, a 0-dim tensor) leaves the average as it is.
     """
-    decay = min(decay, (1 + step) / (10 + step))
     source = dict(model.named_parameters())
     names, averages = zip(*ema.named_parameters(), strict=True)
     # Under FSDP2 a parameter is a shard, and its average is kept whole.

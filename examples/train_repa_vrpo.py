@@ -35,6 +35,7 @@ from train_parts import (
     build_targets,
     check_launch,
     describe,
+    ema_decay,
     parameter_groups,
     update_ema,
     use_deterministic_kernels,
@@ -172,7 +173,7 @@ class Trainer:
         skipped = self.guard.check([collected[name] for name in norms], counts)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        update_ema(self.ema, self.model, self.options.ema_decay, self.step, skipped)
+        update_ema(self.ema, self.model, ema_decay(self.options.ema_decay, self.step), skipped)
         return collected | {"skipped": skipped}
 
     def _flush(self) -> None:

@@ -26,7 +26,7 @@ class CriticTraining:
 
     Attributes:
         output: file to write, ``.safetensors``.
-        data_dir: image folder (pixels) or REPA's layout (cached latents); None is scikit-learn's digits.
+        data_dir: image folder or npz file (pixels), or REPA's layout (cached latents); None is scikit-learn's digits.
         resolution: side in pixels, for images.
         enc_type: as ``VRPOAligner``'s encoder: timm's or REPA's names, or ``small``.
         enc_checkpoint: local weights of the encoder.

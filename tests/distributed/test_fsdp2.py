@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 from fakes.gloo import on_two_processes
 from train_options import parse_options
-from train_parts import TrainingStep, build_ema, build_model, build_optimizer, parameter_groups, update_ema
+from train_parts import TrainingStep, build_ema, build_model, build_optimizer, ema_decay, parameter_groups, update_ema
 
 from vrpo_plugin import NonFiniteGuard
 from vrpo_plugin.reference.sources import DigitsSource
@@ -64,7 +64,7 @@ def _train(rank: int, world_size: int) -> tuple[list[float], dict[str, torch.Ten
         skipped = guard.check([norm.full_tensor() if world_size > 1 else norm for norm in norms])
         optimizer.step()
         optimizer.zero_grad()
-        update_ema(ema, model, 0.9, step, skipped)
+        update_ema(ema, model, ema_decay(0.9, step), skipped)
         mean = loss.detach().clone()
         if world_size > 1:
             dist.all_reduce(mean)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from vrpo_plugin.errors import ConfigError, DataError
 from vrpo_plugin.reference.data import LATENTS_SCALE, PositionBatchSampler, TrainingSamples
 from vrpo_plugin.reference.sources import (
+    ArraySource,
     DigitsSource,
     ImageFolderSource,
     RepaSource,

@@ -1,8 +1,10 @@
-"""Where training images come from: bundled digits, folders of images, and REPA's layout of cached latents."""
+"""Where training images come from: bundled digits, folders of images, one file of arrays, REPA's cached latents."""
 
 import hashlib
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -128,6 +130,40 @@ class ImageFolderSource:
         return _digest([repr(self.image_shape).encode(), *self._files.parts(), self._labels.tobytes()])
 
 
+class ArraySource:
+    """Images that fit into memory, read once: an ``.npz`` file of ``images`` uint8 (N, C, S, S) and ``labels`` (N,).
+
+    Args:
+        path: the file, as ``numpy.savez(path, images=images, labels=labels)`` writes it.
+
+    Raises:
+        DataError: the file is damaged, lacks an array, or an array is of another kind or shape.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        images, labels = (_read_npz(Path(path), name) for name in ("images", "labels"))
+        if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape or images.shape[2] != images.shape[3]:
+            raise data_error(path, "images uint8 (N, C, S, S)", f"{images.dtype} {images.shape}", "Convert the array.")
+        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or labels.min() < 0:
+            expected, got = f"labels, integers >= 0 ({len(images)},)", f"{labels.dtype} {labels.shape}"
+            raise data_error(path, expected, got, "Give each image its class.")
+        self._images, self._labels = torch.from_numpy(images), labels.astype(np.int64)
+        self.num_classes = int(self._labels.max()) + 1
+        self.image_shape: Shape = tuple(images.shape[1:])
+        self.latent_shape: Shape = self.image_shape
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def load(self, index: int) -> tuple[Tensor, Tensor | None, int]:
+        """See :meth:`Source.load`."""
+        return self._images[index], None, int(self._labels[index])
+
+    def fingerprint(self) -> str:
+        """See :meth:`Source.fingerprint`."""
+        return _digest([self._images.numpy().tobytes(), self._labels.tobytes()])
+
+
 class RepaSource:
     """REPA's layout: ``images/**`` (images or npy), ``vae-sd/**.npy``, labels in ``vae-sd/dataset.json``.
 
@@ -182,33 +218,39 @@ class RepaSource:
 
 
 def open_source(data_dir: str | Path | None, resolution: int | None = None) -> Source:
-    """Chooses a source: no folder, the digits; a ``vae-sd`` folder in it, REPA's layout; else image folders.
+    """Chooses a source: nothing, the digits; an ``.npz`` file; a folder with ``vae-sd`` in it, REPA's layout; else
+    image folders.
 
     Args:
         data_dir: the data, or None.
-        resolution: side of the images in pixels; None means 8 for the digits and as stored for REPA's layout.
+        resolution: side of the images in pixels; None means 8 for the digits and as stored for a file and REPA's layout.
 
     Returns:
         The source.
 
     Raises:
         ConfigError: image folders without a resolution.
-        DataError: nothing at ``data_dir``, unusable data, or REPA's layout with images of another resolution.
+        DataError: nothing at ``data_dir``, unusable data, or stored images of another resolution.
     """
     if data_dir is None:
         return DigitsSource(8 if resolution is None else resolution)
     root = Path(data_dir)
+    if root.suffix == ".npz":
+        return _of_resolution(ArraySource(root), root, resolution)
     _entries(root)
     if (root / "vae-sd").is_dir():
-        source = RepaSource(root)
-        if resolution is not None and source.image_shape[1:] != (resolution, resolution):
-            got = f"{source.image_shape[1]}x{source.image_shape[2]}"
-            raise data_error(root / "images", f"{resolution}x{resolution} pixels", got, "Change the resolution.")
-        return source
+        return _of_resolution(RepaSource(root), root / "images", resolution)
     if resolution is None:
         do = "Name the side in pixels to which images are brought."
         raise ConfigError(explain("resolution", expected="a number", got=None, do=do))
     return ImageFolderSource(root, resolution)
+
+
+def _of_resolution(source: Source, where: Path, resolution: int | None) -> Source:
+    if resolution is not None and source.image_shape[1:] != (resolution, resolution):
+        got = f"{source.image_shape[1]}x{source.image_shape[2]}"
+        raise data_error(where, f"{resolution}x{resolution} pixels", got, "Change the resolution.")
+    return source
 
 
 def all_images(source: Source, limit: int | None = None) -> tuple[Tensor, Tensor]:
@@ -352,6 +394,14 @@ def _read_array(path: Path) -> np.ndarray:
         return array
     except (OSError, ValueError, EOFError) as error:
         raise data_error(path, "a readable npy file", error, "Replace or remove the file.") from error
+
+
+def _read_npz(path: Path, name: str) -> np.ndarray:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays[name]
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise data_error(path, f"an npz file with an array {name!r}", error, "Write it with numpy.savez.") from error
 
 
 def _to_tensor(pixels: np.ndarray) -> Tensor:
