@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+# The package need not be installed; the processes that are started find it too.
+sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 # Shares of the budget. What a stage leaves goes to those after it.
 STAGES = {"step": 0.28, "sync": 0.06, "precision": 0.1, "kernels": 0.08, "converge": 0.48}
 BUDGET = 540.0
