@@ -1,13 +1,13 @@
 """All that needs a GPU, in one command: step time, waits, precision, kernels, convergence.
 
-    python benchmarks/gpu.py --prepare INPUTS --data cifar10 --hosts CHECKOUTS    # on the CPU, before: what it needs, as files
-    python benchmarks/gpu.py --inputs INPUTS --output OUT                          # on the GPU: nine minutes on an H100
-    python benchmarks/gpu.py --report OUT                                          # tables for docs/results.md, stored JSON
-    python benchmarks/gpu.py --device cpu --toy --output OUT                       # every stage at toy size, no GPU
+    python benchmarks/gpu.py --prepare INPUTS --data cifar10 --hosts CHECKOUTS   # on the CPU, before: its files
+    python benchmarks/gpu.py --inputs INPUTS --output OUT                         # on the GPU: nine minutes on an H100
+    python benchmarks/gpu.py --report OUT                                         # writes docs/results.md, stored JSON
+    python benchmarks/gpu.py --device cpu --toy --output OUT                      # every stage at toy size, no GPU
 
 Each stage runs in a process of its own, for its share of the budget; it prints its table as it ends and writes
-OUT/gpu_STAGE.json whenever it has measured something, so that a run that is cut keeps what it has. A stage that fails does
-not stop the others. Needed are torch, timm, einops, scipy, safetensors, accelerate, numpy, pillow and this checkout.
+OUT/gpu_STAGE.json whenever it has measured something, so that a run that is cut keeps what it has. A stage that fails
+does not stop the others. Needed are torch, timm, einops, scipy, safetensors, accelerate, numpy, pillow, this checkout.
 """
 
 import argparse
@@ -28,6 +28,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 STAGES = {"step": 0.28, "sync": 0.06, "precision": 0.1, "kernels": 0.08, "converge": 0.48}
 BUDGET = 540.0
 TOY_BUDGET = 170.0
+SHORTEST = 20.0  # that a stage is given, whatever those before it have taken
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -37,25 +38,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, help=f"seconds for all stages; default: {BUDGET:g}")
     parser.add_argument("--inputs", type=Path, help="folder that --prepare has made; stands for the next three")
     parser.add_argument("--hosts", type=Path, help="folder of checkouts, REPA/ and SiT/")
-    parser.add_argument(
-        "--data", type=Path, help="folder with train/<class>/* and test/<class>/*, or a tar archive of it"
-    )
+    parser.add_argument("--data", type=Path, help="folder with train/<class>/* and test/<class>/*, or its tar archive")
     parser.add_argument("--networks", type=Path, help="folder of feature networks and critics, one folder per recipe")
+    parser.add_argument("--groups", nargs="+", default=[], help="titles of the step stage's tables; default: all")
     parser.add_argument("--recipes", nargs="+", default=[], help="of the converge stage; default: all")
     parser.add_argument("--eager", action="store_true", help="converge: without torch.compile")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument(
-        "--toy", action="store_true", help="sizes that a CPU finishes in seconds; its numbers mean nothing"
-    )
-    parser.add_argument(
-        "--scratch", type=Path, help="folder for unpacked data and states; a later call goes on from them"
-    )
+    parser.add_argument("--toy", action="store_true", help="sizes that a CPU finishes in seconds, for tests")
+    parser.add_argument("--scratch", type=Path, help="folder of unpacked data and states; a later call goes on from it")
     parser.add_argument("--commit", help="of this checkout, where it has no .git")
     parser.add_argument("--prepare", type=Path, metavar="INPUTS", help="make the folder of inputs, and stop")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print what would travel to another machine, and its size"
-    )
-    parser.add_argument("--report", type=Path, metavar="OUT", help="write benchmarks/results and docs/results.md")
+    parser.add_argument("--dry-run", action="store_true", help="print what would travel to another machine")
+    parser.add_argument("--report", nargs="+", type=Path, metavar="OUT", help="write results and docs; the last wins")
     parser.add_argument("--run-stage", choices=list(STAGES), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inputs:
@@ -118,6 +112,8 @@ def run_stage(arguments: argparse.Namespace) -> None:
     stage.keep()
     module = importlib.import_module(f"gpu_stages.{stage.name}")
     extra: dict[str, Any] = {}
+    if stage.name == "step":
+        extra = {"titles": arguments.groups}
     if stage.name == "converge":
         module.OPTIONS["compiled"] = not arguments.eager
         earlier = arguments.inputs / "gpu_converge.json" if arguments.inputs else None
@@ -139,12 +135,12 @@ def run_stages(arguments: argparse.Namespace) -> int:
     failed = []
     for number, name in enumerate(arguments.stages):
         left = budget - (time.monotonic() - began)
-        share = left * STAGES[name] / sum(STAGES[later] for later in arguments.stages[number:])
+        share = max(SHORTEST, left * STAGES[name] / sum(STAGES[later] for later in arguments.stages[number:]))
         words = [*sys.argv[1:], "--run-stage", name, "--budget", f"{share:.0f}", "--scratch", str(arguments.scratch)]
         print(f"== {name}: {share:.0f} s of {left:.0f}", flush=True)
         try:
             # A stage looks at the clock itself; this is for one that hangs.
-            code = subprocess.run([sys.executable, __file__, *words], timeout=max(share + 60, left)).returncode
+            code = subprocess.run([sys.executable, __file__, *words], timeout=share + 90).returncode
         except subprocess.TimeoutExpired:
             code = 124
         if code:

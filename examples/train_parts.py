@@ -124,8 +124,10 @@ def update_ema(ema: SiT, model: SiT, decay: float | Tensor, skipped: Tensor) -> 
     names, averages = zip(*ema.named_parameters(), strict=True)
     # Under FSDP2 a parameter is a shard, and its average is kept whole.
     whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in (source[name] for name in names)]
-    weight = (1 - decay) * (1 - skipped)
-    torch._foreach_lerp_(list(averages), whole, [weight] * len(whole))
+    # Not _foreach_lerp_: with a tensor as weight it is one kernel per parameter.
+    moves = torch._foreach_sub(whole, averages)
+    torch._foreach_mul_(moves, (1 - decay) * (1 - skipped))
+    torch._foreach_add_(averages, moves)
 
 
 class TrainingStep(nn.Module):

@@ -1,8 +1,8 @@
 """The recipes of ``benchmarks/recipes``, many runs side by side on one card; judged as ``convergence.py`` judges.
 
-Unlike there, batches are drawn on the device, matrix products are in TF32 and steps are CUDA graphs, so that numbers are
-to be compared within one file. Runs that an earlier call has finished are not trained again; what a call leaves unfinished
-goes on, on the same machine, from its last judged step.
+Unlike there, batches are drawn on the device, matrix products are in TF32 and steps are CUDA graphs, so that numbers
+are to be compared within one file. Runs that an earlier call has finished are not trained again; what a call leaves
+unfinished goes on, on the same machine, from its last judged step.
 """
 
 import itertools
@@ -81,6 +81,10 @@ def run(stage: Stage, recipes: Sequence[str] = (), earlier: Path | None = None) 
         if plan.recipe not in (recipes or [p.recipe for p in PLANS]):
             continue
         result = stage.attempt(plan.recipe, lambda p=plan: _recipe(stage, p, results))
+        if result is None and plan.recipe in stage.record.get("errors", {}) and OPTIONS["compiled"]:
+            print(f"{plan.recipe}: again, without torch.compile", flush=True)
+            OPTIONS["compiled"] = False
+            result = stage.attempt(f"{plan.recipe}, eager", lambda p=plan: _recipe(stage, p, results))
         if result is not None:
             tables.append(f"{plan.recipe}:\n\n{result}")
             print(tables[-1], flush=True)
@@ -116,7 +120,12 @@ def _recipe(stage: Stage, plan: Plan, results: dict[str, Any]) -> str | None:
         listed = [records[run.method, run.seed] for run in wanted if (run.method, run.seed) in records]
         entry = {"steps": benchmark.recipe.evaluation.steps[-1], "protocol": _protocol(benchmark), "costs": costs}
         entry |= {"runs": listed, "summary": _summary(benchmark.recipe, listed, costs)}
-        entry |= {"side_by_side": len(missing), "milliseconds_a_round": seconds_a_step and seconds_a_step * 1e3}
+        entry |= {
+            "measured": stage.stamp,
+            **OPTIONS,
+            "side_by_side": len(missing),
+            "seconds_a_round": seconds_a_step,
+        }
         results[plan.recipe] = entry
         stage.keep(recipes=results)
 
@@ -296,6 +305,7 @@ def _train_wave(stage: Stage, runs: Sequence[Run], judge: Judge, records: dict[K
         started = time.monotonic()
         for run in runs:
             own = graphed[run.method, run.seed]
+            own.check()
             record = records.setdefault(
                 (run.method, run.seed), {"method": run.method, "seed": run.seed, "judging": run.judging(), "points": []}
             )

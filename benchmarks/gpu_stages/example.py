@@ -22,6 +22,9 @@ from train_options import parse_options  # noqa: E402
 from train_parts import build_loader  # noqa: E402
 from train_repa_vrpo import Trainer  # noqa: E402
 
+from vrpo_plugin.evaluation.small_training import train_small_features  # noqa: E402
+from vrpo_plugin.reference.sources import all_images, open_source  # noqa: E402
+
 
 def example_arguments(stage: Stage, name: str, **options: Any) -> list[str]:
     """The command line of a run: SiT-S/2 on 32 px images, or a tiny one on 16 px."""
@@ -43,15 +46,25 @@ def example_arguments(stage: Stage, name: str, **options: Any) -> list[str]:
         "output_dir": stage.scratch / "runs",
         "exp_name": name,
     }
-    encoder = stage.networks / recipe / "encoder.safetensors" if stage.networks else None
-    if encoder is not None and encoder.exists():
-        chosen["enc_checkpoint"] = encoder
+    chosen["enc_checkpoint"] = _encoder(stage, recipe, chosen["data_dir"], resolution)
     shutil.rmtree(stage.scratch / "runs" / name, ignore_errors=True)
     words = []
     for key, value in (chosen | options).items():
         flag = key.replace("_", "-")
         words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
     return words
+
+
+def _encoder(stage: Stage, recipe: str, data: Path, resolution: int) -> Path:
+    """The recipe's encoder, or one that is trained once, and not by each run."""
+    prepared = stage.networks / recipe / "encoder.safetensors" if stage.networks else None
+    if prepared is not None and prepared.exists():
+        return prepared
+    made = stage.scratch / f"encoder{resolution}.safetensors"
+    if not made.exists():
+        images, labels = all_images(open_source(data, resolution), 2000)
+        train_small_features(images, labels, seed=0, steps=20 if stage.toy else 200, device=stage.device).save(made)
+    return made
 
 
 class SteppedTrainer(Trainer):

@@ -135,6 +135,8 @@ class GraphedRun:
                 backend = "inductor" if self.device.type == "cuda" else "aot_eager"
                 for block in self.model.blocks:
                     block._transform = torch.compile(block._transform, backend=backend, dynamic=False)
+                if (aligner := aligner_of(self.model)) is not None:
+                    aligner.compile(backend=backend, dynamic=False)
             self.step_module = TrainingStep(self.model, config.path_type).train()
             self.optimizer = build_optimizer(options, self.model)
             for group in self.optimizer.param_groups:
@@ -167,6 +169,7 @@ class GraphedRun:
         """As the example's, on one device."""
         # Before, not after: in a graph the gradients of a replay then lie where those of the capture lay.
         self.optimizer.zero_grad(set_to_none=True)
+        buffers = dict(self.model.named_buffers())
         self.guard.keep()
         bf16 = self.options.mixed_precision == "bf16"
         z = self.shared.z if aligner_of(self.model) is not None else ()
@@ -181,6 +184,19 @@ class GraphedRun:
         update_ema(self.ema, self.model, self.decay, skipped)
         self.skipped += skipped
         self.metrics = metrics
+        _keep_addresses(self.model, buffers)
+
+    def check(self) -> None:
+        """Whether the graph has moved what it was to move: the aligner counts its steps on the device.
+
+        Raises:
+            RuntimeError: it has counted otherwise.
+        """
+        aligner = aligner_of(self.model)
+        if aligner is not None and int(aligner.step) + int(self.skipped) != self.step:
+            raise RuntimeError(
+                f"{self.step} steps, {int(aligner.step)} counted by the aligner, {int(self.skipped)} skipped"
+            )
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """All that the next step depends on, by part; what was drawn depends on the step alone."""
@@ -210,6 +226,15 @@ class GraphedRun:
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+
+def _keep_addresses(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    """Puts new values into the old buffers: compiled code gives a module new ones, and a graph reads the old."""
+    for name, new in list(module.named_buffers()):
+        if new is not (old := buffers[name]):
+            old.copy_(new)
+            owner, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, old)
 
 
 def _plain(module: nn.Module) -> dict[str, Tensor]:

@@ -3,14 +3,13 @@ velocity and tokens. Kernels are counted by ``torch.profiler``; without a GPU, o
 """
 
 import copy
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
+from gpu_stages.profiling import profile_kernels
 from gpu_stages.stage import Stage, markdown
 from gpu_stages.step import TOY
 from gpu_stages.trainers import Size, variants, write_critic
@@ -19,8 +18,7 @@ from vrpo_plugin.reference.sit import SIT_MODELS
 
 STEPS = 5
 TOLERANCE = 0.02  # of the loss, and of the gradients' norm, compiled against eager in bf16
-NAMES = ("VRPO, features only", "VRPO, frozen critic", "VRPO, online critic")
-LONGEST = 10
+NAMES = ("VRPO, frozen critic", "VRPO, online critic", "VRPO, features only")
 
 
 def run(stage: Stage) -> str:
@@ -36,7 +34,7 @@ def run(stage: Stage) -> str:
             continue
         for compiled in (False, True):
             title = f"{name}{', compiled' if compiled else ''}"
-            if compiled and stage.left < (10 if stage.toy else 30):
+            if compiled and stage.left < (5 if stage.toy else 12):
                 stage.skip(title, f"{stage.left:.0f} s left")
                 continue
             row = stage.attempt(
@@ -124,8 +122,8 @@ class Share:
             result["gradient_differs"] = (apart / size).item()
         for _ in range(3):
             self._step(aligner)
-        whole = self._profile(lambda: self._step(aligner))
-        forward = self._profile(lambda: self._loss(aligner))
+        whole = profile_kernels(lambda: self._step(aligner), STEPS, cuda=self.cuda)
+        forward = profile_kernels(lambda: self._loss(aligner), STEPS, cuda=self.cuda)
         return result | {
             "calls": whole["calls"],
             "milliseconds": whole["milliseconds"],
@@ -152,24 +150,3 @@ class Share:
         loss.backward()
         tensors = (self.velocity, self.hidden, *aligner.parameters())
         return loss.item(), [t.grad.float() for t in tensors if t.grad is not None]
-
-    def _profile(self, work: Callable[[], Any]) -> dict[str, Any]:
-        """Per call of ``work``: how many kernels (without a GPU: operators), their time, and the longest by name."""
-        activity = ProfilerActivity.CUDA if self.cuda else ProfilerActivity.CPU
-        with profile(activities=[activity]) as profiler:
-            for _ in range(STEPS):
-                work()
-            if self.cuda:
-                torch.cuda.synchronize()
-        calls: Counter[str] = Counter()
-        microseconds: Counter[str] = Counter()
-        kind = torch.autograd.DeviceType.CUDA if self.cuda else torch.autograd.DeviceType.CPU
-        for event in profiler.events():
-            if event.device_type == kind and not event.is_user_annotation:
-                calls[event.name] += 1
-                microseconds[event.name] += event.self_device_time_total if self.cuda else event.self_cpu_time_total
-        longest = [
-            {"name": name, "calls": calls[name] / STEPS, "milliseconds": time / STEPS / 1e3}
-            for name, time in microseconds.most_common(LONGEST)
-        ]
-        return {"calls": calls.total() / STEPS, "milliseconds": microseconds.total() / STEPS / 1e3, "longest": longest}

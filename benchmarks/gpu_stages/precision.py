@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import torch
@@ -37,15 +37,24 @@ NEED_CUDA = ("TF32", "fp16")
 def run(stage: Stage) -> str:
     """All runs, then what they say."""
     steps = STEPS if not stage.toy else 12
-    names = [name for name in RUNS if stage.cuda or name not in NEED_CUDA]
-    for name in RUNS.keys() - {*names}:
-        stage.skip(name, "needs CUDA")
+    skipped = {name: "needs CUDA" for name in NEED_CUDA if not stage.cuda}
+    if stage.toy:
+        skipped["deterministic again"] = "toy: the resumed run compares in the same way"
+    for name, reason in skipped.items():
+        stage.skip(name, reason)
+    names = [name for name in RUNS if name not in skipped]
     # Data and encoder are made once, before the processes could make them at the same time.
     example_arguments(stage, "none")
+    trained: dict[str, list[dict[str, Any]]] = {}
     with ThreadPoolExecutor(len(names) if stage.cuda else 2) as pool:
-        rows = dict(zip(names, pool.map(lambda name: stage.attempt(name, lambda: _train(stage, name, steps)), names)))
-    trained = {name: metrics for name, metrics in rows.items() if metrics is not None}
-    stage.keep(steps=steps, tolerance=TOLERANCE, losses={n: _losses(m, steps) for n, m in trained.items()})
+        futures = {pool.submit(_train, stage, name, steps): name for name in names}
+        for future in as_completed(futures):
+            name = futures[future]
+            metrics = stage.attempt(name, future.result)
+            if metrics is not None:
+                trained[name] = metrics
+                print(f"precision: {name} is done, {stage.left:.0f} s left", flush=True)
+            stage.keep(steps=steps, tolerance=TOLERANCE, losses={n: _losses(m, steps) for n, m in trained.items()})
     checks = _checks(stage, trained, steps)
     if stage.cuda:
         overflow = stage.attempt("an fp16 overflow", lambda: _overflow(stage))
@@ -65,7 +74,7 @@ def table(checks: Sequence[Mapping[str, Any]]) -> str:
 def _train(stage: Stage, name: str, steps: int) -> list[dict[str, Any]]:
     folder = name.replace(" ", "-").replace(",", "")
     half = steps // 2
-    common = {**RUNS[name], "checkpointing_steps": half, "reward_release_steps": steps}
+    common = {**RUNS[name], "checkpointing_steps": steps, "reward_release_steps": steps}
     # The first run's fresh folder; a resumption goes on in it.
     words = example_arguments(stage, folder, **common)
     ends = [half, steps] if name.endswith("resumed") else [steps]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from gpu_stages.profiling import profile_kernels
 from gpu_stages.stage import Stage, cpu_count, markdown
 from gpu_stages.trainers import Size, Trainer, variants, write_critic
 
@@ -61,20 +62,23 @@ def groups(toy: bool) -> list[Group]:
     ]
 
 
-def run(stage: Stage) -> str:
-    """All groups, as far as the time lasts; a markdown table each."""
+def run(stage: Stage, titles: Sequence[str] = ()) -> str:
+    """All groups, or those of these titles, as far as the time lasts; a markdown table each."""
     repa = stage.hosts / "REPA" if stage.hosts else None
     if repa is None:
         stage.skip("REPA's own code", "no --hosts; the rows named REPA are our own loop with REPA's loss")
     tables, results = [], []
     for group in groups(stage.toy):
+        if titles and group.title not in titles:
+            continue
         # Starting the processes takes half a minute, compiling them a minute.
-        if stage.left < (5 if stage.toy else 90 if group.compiled else 45):
+        if stage.left < (5 if stage.toy else 70 if group.compiled else 45):
             stage.skip(group.title, f"{stage.left:.0f} s left")
             continue
         rows = stage.attempt(group.title, lambda group=group: measure(group, repa, stage))
         if rows is not None:
-            results.append({"title": group.title, **asdict(group.size), "compiled": group.compiled, "rows": rows})
+            group_record = {"title": group.title, **asdict(group.size), "compiled": group.compiled, "rows": rows}
+            results.append({**group_record, "measured": stage.stamp})
             stage.keep(groups=results)
             tables.append(f"{describe(group)}\n\n{table(rows)}")
             print(tables[-1] + "\n", flush=True)
@@ -115,6 +119,7 @@ def measure(group: Group, repa: Path | None, stage: Stage) -> list[dict[str, Any
                 break
             for name, encode in entries:
                 measured[name, encode].append(workers[name].ask(("run", blocks[name, encode], encode)))
+        kernels = {entry: workers[entry[0]].ask(("profile", entry[1])) for entry in entries if stage.left > 5}
     finally:
         for worker in workers.values():
             worker.stop()
@@ -125,6 +130,7 @@ def measure(group: Group, repa: Path | None, stage: Stage) -> list[dict[str, Any
             "steps": blocks[name, encode],
             "seconds": [result["seconds"] for result in results],
             "peak_bytes": max(result["peak_bytes"] for result in results),
+            "kernels": kernels.get((name, encode)),
         }
         for (name, encode), results in measured.items()
     ]
@@ -181,7 +187,10 @@ def _serve(
         except EOFError:
             return
         try:
-            if command == "build":
+            if command == "profile":
+                assert trainer is not None  # built first
+                connection.send(_kernels(trainer, *arguments))
+            elif command == "build":
                 torch.set_num_threads(max(1, cpu_count() // 2))
                 trainer = Trainer(size, variants(critic)[name], repa, device, compiled=compiled)
                 if arguments[0]:
@@ -216,6 +225,15 @@ def _block(trainer: Trainer, steps: int, encode: bool) -> dict[str, Any]:
     return result
 
 
+def _kernels(trainer: Trainer, encode: bool) -> dict[str, Any]:
+    cuda = trainer.device.type == "cuda"
+    trainer.step(encode=encode)
+    counted = profile_kernels(lambda: trainer.step(encode=encode), 2 if cuda else 1, cuda=cuda)
+    if cuda:
+        torch.cuda.empty_cache()
+    return {"calls": counted["calls"], "milliseconds": counted["milliseconds"]}
+
+
 def peak_resident_bytes() -> int:
     """Of this process. Linux' ru_maxrss would start with the peak of the process that started this one."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
@@ -230,10 +248,15 @@ def ratios(row: Mapping[str, Any], base: Mapping[str, Any]) -> list[float]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Times and memory, as ratios to REPA and to no alignment, both without the encoder."""
+    """Times and memory, as ratios to REPA and to no alignment, both without the encoder.
+
+    *kernels*: time of all kernels of a step; where *ms* is more, the step waits for the host's launches.
+    """
     bases = {name: row for name in ("REPA", "none") for row in rows if row["variant"] == name and not row["encoder"]}
     head = ["step", "ms", *(f"time / {base} (min .. max)" for base in bases), "peak MiB"]
     head += [f"memory / {base}" for base in bases]
+    profiled = all(row.get("kernels") for row in rows)
+    head += ["kernels, ms", *(f"kernels / {base}" for base in bases), "number"] if profiled else []
     cells = []
     for row in rows:
         name = row["variant"] + (" + encoder" if row["encoder"] else "")
@@ -243,5 +266,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             line.append(f"{statistics.median(found):.3f} ({min(found):.3f} .. {max(found):.3f})")
         line.append(f"{row['peak_bytes'] / 2**20:.0f}")
         line += [f"{row['peak_bytes'] / base['peak_bytes']:.3f}" for base in bases.values()]
+        if profiled:
+            own = row["kernels"]["milliseconds"]
+            line.append(f"{own:.1f}")
+            line += [f"{own / base['kernels']['milliseconds']:.3f}" for base in bases.values()]
+            line.append(f"{row['kernels']['calls']:.0f}")
         cells.append(line)
     return markdown(head, cells)

@@ -1,8 +1,8 @@
 """Does a step wait for the device? Counted by ``torch.cuda.set_sync_debug_mode``.
 
-The example's loop runs under ``error``: one wait ends it. REPA's and SiT's own code waits by itself (REPA draws its times
-on the CPU), so there the waits of patched and unpatched steps are counted, and the patched ones traced: none may come
-from this package.
+The example's loop runs under ``error``: one wait ends it. REPA's and SiT's own code waits by itself (REPA draws its
+times on the CPU), so there the waits of patched and unpatched steps are counted, and traced to the line that asked for
+them: none may be in this package.
 """
 
 import multiprocessing
@@ -26,6 +26,8 @@ from gpu_stages.trainers import Size, Trainer, variants, write_critic
 
 STEPS = 20
 PACKAGE = str(Path(vrpo_plugin.__file__).parent)
+# Frames that stand between a wait and the line that asked for it.
+NOT_A_CAUSE = (__file__, warnings.__file__, str(Path(torch.__file__).parent))
 PRECISIONS = ("no", "bf16", "fp16")
 
 
@@ -135,9 +137,7 @@ def _serve(
 
 
 def _count(step: Callable[[], None], device: torch.device) -> dict[str, Any]:
-    """Waits of 20 steps, where they were, and how many of them under a frame of this package with none of torch's
-    callers in between.
-    """
+    """Waits of 20 steps, the lines that asked for them, and how many of these are in this package."""
     steps = STEPS if device.type == "cuda" else 2
     for _ in range(3):
         step()
@@ -148,8 +148,7 @@ def _count(step: Callable[[], None], device: torch.device) -> dict[str, Any]:
         nonlocal ours
         if "synchroniz" not in str(message):
             return
-        stack = [f for f in traceback.extract_stack() if "/torch/" not in f.filename and f.filename != __file__]
-        frame = stack[-1]
+        frame = next(f for f in reversed(traceback.extract_stack()) if not f.filename.startswith(NOT_A_CAUSE))
         places[f"{Path(frame.filename).name}:{frame.lineno} {frame.line}"] += 1
         ours += frame.filename.startswith(PACKAGE)
 
