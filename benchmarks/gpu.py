@@ -13,6 +13,7 @@ does not stop the others. Needed are torch, timm, einops, scipy, safetensors, ac
 import argparse
 import importlib
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -24,8 +25,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # The package need not be installed; the processes that are started find it too.
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+from gpu_stages.inputs import fill_in, prepare, print_travelling  # noqa: E402  # without torch
+
 # Shares of the budget. What a stage leaves goes to those after it.
-STAGES = {"step": 0.28, "sync": 0.06, "precision": 0.1, "kernels": 0.08, "converge": 0.48}
+STAGES = {"step": 0.26, "sync": 0.06, "precision": 0.1, "kernels": 0.08, "converge": 0.5}
 BUDGET = 540.0
 TOY_BUDGET = 170.0
 SHORTEST = 20.0  # that a stage is given, whatever those before it have taken
@@ -39,7 +43,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--inputs", type=Path, help="folder that --prepare has made; stands for the next three")
     parser.add_argument("--hosts", type=Path, help="folder of checkouts, REPA/ and SiT/")
     parser.add_argument("--data", type=Path, help="folder with train/<class>/* and test/<class>/*, or its tar archive")
-    parser.add_argument("--networks", type=Path, help="folder of feature networks and critics, one folder per recipe")
+    parser.add_argument(
+        "--networks", type=Path, help="folder of networks and critics; default: benchmarks/networks"
+    )
     parser.add_argument("--groups", nargs="+", default=[], help="titles of the step stage's tables; default: all")
     parser.add_argument("--recipes", nargs="+", default=[], help="of the converge stage; default: all")
     parser.add_argument("--eager", action="store_true", help="converge: without torch.compile")
@@ -52,9 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--report", nargs="+", type=Path, metavar="OUT", help="write results and docs; the last wins")
     parser.add_argument("--run-stage", choices=list(STAGES), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.inputs:
-        from gpu_stages.inputs import fill_in
-
+    if not arguments.prepare:
         fill_in(arguments)
     if not (arguments.prepare or arguments.dry_run or arguments.report) and arguments.output is None:
         parser.error("--output is missing")
@@ -79,8 +83,9 @@ def stamp(arguments: argparse.Namespace, device: Any) -> dict[str, Any]:
 
 
 def _public(words: list[str]) -> list[str]:
-    """The command line without this machine's paths."""
-    return [Path(word).name if os.sep in word else word for word in words]
+    """The command line without this machine's paths, as it was given for all stages."""
+    words = words[: words.index("--run-stage")] if "--run-stage" in words else words
+    return [Path(word).name if Path(word).exists() else shlex.quote(word) for word in words]
 
 
 def _commit() -> str:
@@ -152,8 +157,6 @@ def run_stages(arguments: argparse.Namespace) -> int:
 def main() -> None:
     arguments = parse_arguments()
     if arguments.prepare or arguments.dry_run:
-        from gpu_stages.inputs import prepare, print_travelling
-
         if arguments.prepare:
             prepare(arguments.prepare, arguments.data, arguments.hosts)
         print_travelling(ROOT, arguments.prepare or arguments.inputs)

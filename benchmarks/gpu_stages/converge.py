@@ -116,15 +116,14 @@ def _recipe(stage: Stage, plan: Plan, results: dict[str, Any]) -> str | None:
     if not costs:
         costs = measure_costs(benchmark, list(recipe.methods), stage.device)
 
-    def keep(seconds_a_step: float | None = None) -> None:
+    def keep(round_of_steps: dict[str, float] | None = None) -> None:
         listed = [records[run.method, run.seed] for run in wanted if (run.method, run.seed) in records]
         entry = {"steps": benchmark.recipe.evaluation.steps[-1], "protocol": _protocol(benchmark), "costs": costs}
         entry |= {"runs": listed, "summary": _summary(benchmark.recipe, listed, costs)}
         entry |= {
             "measured": stage.stamp,
             **OPTIONS,
-            "side_by_side": len(missing),
-            "seconds_a_round": seconds_a_step,
+            "round": round_of_steps,
         }
         results[plan.recipe] = entry
         stage.keep(recipes=results)
@@ -288,12 +287,18 @@ def _train_wave(stage: Stage, runs: Sequence[Run], judge: Judge, records: dict[K
     start = _restore(folder, graphed, records)
     if start:
         keep()
-    seconds, judging = 0.0, 0.0
+    else:
+        for key in graphed:
+            records.pop(key, None)  # of a training that was cut on another machine
+    judging = 0.0
     for first, last in itertools.pairwise([start, *(step for step in evaluation.steps if step > start)]):
         _synchronize(stage)
         started = time.monotonic()
+        launching = 0.0
         for step in range(first, last):
+            began = time.monotonic()
             advance_together(batches, list(graphed.values()), step)
+            launching += time.monotonic() - began
             if step % CHECK_EVERY == 0:
                 _synchronize(stage)
                 if stage.left < 5 + 1.2 * judging:
@@ -301,7 +306,11 @@ def _train_wave(stage: Stage, runs: Sequence[Run], judge: Judge, records: dict[K
                     return
         _synchronize(stage)
         seconds = (time.monotonic() - started) / (last - first)
-        print(f"step {last}: {seconds * 1e3:.2f} ms a step of {len(runs)} runs", flush=True)
+        host = launching / (last - first)
+        print(
+            f"step {last}: {seconds * 1e3:.2f} ms a step of {len(runs)} runs ({host * 1e3:.2f} ms launching)",
+            flush=True,
+        )
         started = time.monotonic()
         for run in runs:
             own = graphed[run.method, run.seed]
@@ -316,7 +325,7 @@ def _train_wave(stage: Stage, runs: Sequence[Run], judge: Judge, records: dict[K
                     record["points"].append(judge.judge(run, step, guidance, ema, state))
             record["skipped_steps"] = int(own.skipped)
         judging = time.monotonic() - started
-        keep(seconds)
+        keep({"runs": len(runs), "seconds": seconds, "launching_seconds": host})
         _save(folder, graphed, records, last)
     _export(stage, runs, graphed)
 

@@ -4,6 +4,10 @@ import argparse
 import shutil
 import subprocess
 import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
@@ -16,24 +20,23 @@ ARCHIVES = (".tar", ".xz", ".gz", ".bz2", ".tgz")
 
 
 def fill_in(arguments: argparse.Namespace) -> None:
-    """Gives the options that are not given what ``--prepare`` has put into the folder."""
-    if arguments.hosts is None and (arguments.inputs / "hosts").is_dir():
-        arguments.hosts = arguments.inputs / "hosts"
-    if arguments.networks is None and (arguments.inputs / "networks").is_dir():
-        arguments.networks = arguments.inputs / "networks"
-    if arguments.data is None:
-        arguments.data = next(
-            (p for p in sorted(arguments.inputs.glob("data*")) if p.suffix in ARCHIVES or p.is_dir()), None
-        )
+    """Gives the options that are not given what ``--prepare`` has put into the folder, or what the checkout holds."""
+    inputs: Path | None = arguments.inputs
+    for name, default in (("hosts", None), ("networks", BENCHMARKS / "networks")):
+        prepared = inputs / name if inputs else None
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, prepared if prepared is not None and prepared.is_dir() else default)
+    if arguments.data is None and inputs is not None:
+        found = [p for p in sorted(inputs.glob("data*")) if p.suffix in ARCHIVES or p.is_dir()]
+        arguments.data = found[0] if found else None
 
 
 def prepare(inputs: Path, data: Path | None, hosts: Path | None) -> None:
-    """Copies data and checkouts, and trains the networks that are missing, on the CPU; hours where all are."""
-    import torch
-    from convergence_parts import Benchmark
-    from convergence_recipe import read_recipe
-
+    """Copies data, checkouts and stored results; trains, on the CPU, the networks that the checkout does not hold."""
     inputs.mkdir(parents=True, exist_ok=True)
+    stored = BENCHMARKS / "results" / "gpu_converge.json"
+    if stored.exists():
+        shutil.copy2(stored, inputs)  # what is finished there is not trained again
     if data is not None and data.is_file():
         shutil.copy2(data, inputs / f"data{''.join(data.suffixes)}")
     for name in HOSTS:
@@ -41,35 +44,36 @@ def prepare(inputs: Path, data: Path | None, hosts: Path | None) -> None:
             # Its code alone: no history, no pictures.
             ignored = shutil.ignore_patterns(".git", "*.png", "*.jpg", "*.gif", "*.ipynb", "*.pdf", "visuals", "assets")
             shutil.copytree(hosts / name, inputs / "hosts" / name, ignore=ignored, dirs_exist_ok=True)
-    if data is None:
-        return
-    with unpacked(data) as folder:
-        for name, recipe in RECIPES.items():
-            benchmark = Benchmark(read_recipe(BENCHMARKS / "recipes" / recipe), folder, inputs / "made" / name)
-            print(f"{name}: networks {benchmark.train_networks(torch.device('cpu'))}", flush=True)
-            shutil.copytree(benchmark.output / "networks", inputs / "networks" / name, dirs_exist_ok=True)
+    missing = [name for name in RECIPES if not (BENCHMARKS / "networks" / name).is_dir()]
+    if data is not None and missing:
+        with unpacked(data) as folder:
+            for name in missing:
+                _train_networks(name, folder, inputs)
 
 
-def unpacked(data: Path):  # type: ignore[no-untyped-def]
+def _train_networks(name: str, data: Path, inputs: Path) -> None:
+    import torch
+    from convergence_parts import Benchmark
+    from convergence_recipe import read_recipe
+
+    benchmark = Benchmark(read_recipe(BENCHMARKS / "recipes" / RECIPES[name]), data, inputs / "made" / name)
+    print(f"{name}: networks {benchmark.train_networks(torch.device('cpu'))}", flush=True)
+    shutil.copytree(benchmark.output / "networks", inputs / "networks" / name, dirs_exist_ok=True)
+
+
+@contextmanager
+def unpacked(data: Path) -> Iterator[Path]:
     """The folder that an archive holds, for a while; a folder as it is."""
-    import contextlib
-    import tarfile
-    import tempfile
-
     if data.is_dir():
-        return contextlib.nullcontext(data)
-
-    @contextlib.contextmanager
-    def temporary():  # type: ignore[no-untyped-def]
-        with tempfile.TemporaryDirectory() as folder:
-            with tarfile.open(data) as archive:
-                archive.extractall(folder, filter="data")
-            found = sorted(path.parent for path in Path(folder).rglob("train") if path.is_dir())
-            if not found:
-                sys.exit(f"{data}: expected an archive with train/<class>/* in it; got none. Pass another --data.")
-            yield found[0]
-
-    return temporary()
+        yield data
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(data) as archive:
+            archive.extractall(folder, filter="data")
+        found = sorted(path.parent for path in Path(folder).rglob("train") if path.is_dir())
+        if not found:
+            sys.exit(f"{data}: expected an archive with train/<class>/* in it; got none. Pass another --data.")
+        yield found[0]
 
 
 def print_travelling(root: Path, inputs: Path | None) -> None:

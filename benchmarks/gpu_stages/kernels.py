@@ -37,10 +37,9 @@ def run(stage: Stage) -> str:
             if compiled and stage.left < (5 if stage.toy else 12):
                 stage.skip(title, f"{stage.left:.0f} s left")
                 continue
-            row = stage.attempt(
-                title, lambda t=title, s=share, c=compiled: {"variant": t, "unit": unit, **s.measure(c)}
-            )
-            if row is not None:
+            measured = stage.attempt(title, lambda s=share, c=compiled: s.measure(c))
+            if measured is not None:
+                row = {"variant": title, "unit": unit, "measured": stage.stamp, **measured}
                 rows.append(row)
                 stage.keep(model=size.model, batch_size=size.batch_size, rows=rows)
                 print(row["variant"], row["calls"], f"{row['milliseconds']:.2f} ms", flush=True)
@@ -51,22 +50,27 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """Counts, then the longest kernels of each row."""
     if not rows:
         return ""
-    head = [
-        "the plugin's share of a step",
-        rows[0]["unit"],
-        "ms on the device",
-        "forward alone",
-        "compiled against eager",
-    ]
-    shown = [
-        [r["variant"], f"{r['calls']:g}", f"{r['milliseconds']:.2f}", f"{r['forward_calls']:g}", _parity(r)]
-        for r in rows
-    ]
-    text = markdown(head, shown)
+    text = counts(rows)
     for row in rows:
         longest = "; ".join(f"{k['milliseconds']:.3f} ms ({k['calls']:g}x) {k['name'][:90]}" for k in row["longest"])
         text += f"\n\n{row['variant']}, the longest: {longest}"
     return text
+
+
+def counts(rows: Sequence[dict[str, Any]]) -> str:
+    """One row per variant."""
+    head = [
+        "the plugin's share of a step",
+        rows[0]["unit"],
+        "their ms",
+        "of the forward pass",
+        "compiled against eager",
+    ]
+    cells = []
+    for row in rows:
+        numbers = [f"{row['calls']:g}", f"{row['milliseconds']:.2f}", f"{row['forward_calls']:g}"]
+        cells.append([row["variant"], *numbers, _parity(row)])
+    return markdown(head, cells)
 
 
 def _parity(row: dict[str, Any]) -> str:

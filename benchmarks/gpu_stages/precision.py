@@ -143,7 +143,7 @@ def _overflow(stage: Stage) -> dict[str, Any]:
         skipped = 1
         while skipped < 60 and trainer.advance(loader)["skipped"].item():
             skipped += 1
-        moved = not torch.equal(kept[0], next(_state(trainer)))
+        moved = any(not torch.equal(a, b) for a, b in zip(kept, _state(trainer), strict=True))
         finite = all(bool(tensor.isfinite().all()) for tensor in _state(trainer))
     changed = "nothing" if same else "something"
     text = (

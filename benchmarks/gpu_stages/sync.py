@@ -175,7 +175,7 @@ def _sit_step(root: Path, scratch: Path, patched: bool, device: torch.device, to
 
     class AutoencoderKL:
         def encode(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.nn.functional.avg_pool2d(x[:, [0, 1, 2, 0]], 8)
+            return torch.nn.functional.avg_pool2d(torch.cat([x, x[:, :1]], 1), 8)
 
     diffusers = types.ModuleType("diffusers")
     diffusers.models = types.ModuleType("diffusers.models")  # type: ignore[attr-defined]

@@ -14,7 +14,8 @@ sys.path.insert(0, str(REPO / "benchmarks"))
 from convergence_recipe import JUDGES, read_recipe  # noqa: E402
 from convergence_report import best_point, last_point, ratio_lines, summarize, table  # noqa: E402
 
-RESULTS = {path.stem: path for path in sorted((REPO / "benchmarks" / "results").glob("*.json"))}
+STORED = sorted((REPO / "benchmarks" / "results").glob("*.json"))
+RESULTS = {path.stem: path for path in STORED if not path.stem.startswith("gpu_")}
 
 
 def stored(name: str) -> dict[str, Any]:

@@ -246,6 +246,69 @@ def test_open_source_chooses(tmp_path):
         open_source(tmp_path / "missing", 8)
 
 
+def write_arrays(path, count=6, size=8, **changes):
+    rng = np.random.default_rng(0)
+    arrays = {"images": rng.integers(0, 256, (count, 3, size, size), dtype=np.uint8), "labels": np.arange(count) % 3}
+    arrays = {name: value for name, value in (arrays | changes).items() if value is not None}
+    np.savez(path, **arrays)
+    return arrays
+
+
+def test_array_source(tmp_path):
+    arrays = write_arrays(tmp_path / "train.npz")
+    source = open_source(tmp_path / "train.npz", 8)
+    assert isinstance(source, ArraySource)
+    assert len(source) == 6 and source.num_classes == 3 and source.image_shape == source.latent_shape == (3, 8, 8)
+    image, moments, label = source.load(4)
+    assert moments is None and label == 1 and np.array_equal(image.numpy(), arrays["images"][4])
+    assert source.fingerprint() == open_source(str(tmp_path / "train.npz")).fingerprint()
+    write_arrays(tmp_path / "other.npz", labels=np.arange(6))
+    assert source.fingerprint() != open_source(tmp_path / "other.npz").fingerprint()
+    sample = TrainingSamples(source, seed=0)[0]
+    assert sample["x0"].shape == (3, 8, 8) and -1 <= sample["x0"].min() <= sample["x0"].max() <= 1
+    with pytest.raises(DataError, match="expected 16x16 pixels, got 8x8"):
+        open_source(tmp_path / "train.npz", 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"images": None}, "images"),
+        ({"labels": None}, "labels"),
+        ({"images": np.zeros((6, 3, 8, 8))}, "float64"),
+        ({"images": np.zeros((6, 8, 8), np.uint8)}, "uint8"),
+        ({"images": np.zeros((6, 3, 8, 4), np.uint8)}, r"\(6, 3, 8, 4\)"),
+        ({"images": np.zeros((0, 3, 8, 8), np.uint8), "labels": np.zeros(0, int)}, r"\(0, 3, 8, 8\)"),
+        ({"labels": np.zeros(5, int)}, r"\(5,\)"),
+        ({"labels": np.zeros(6)}, "float64"),
+        ({"labels": np.full(6, -1)}, "integers >= 0"),
+        ({"labels": np.array(["a"] * 6, object)}, "labels"),
+    ],
+)
+def test_bad_arrays(tmp_path, changes, text):
+    write_arrays(tmp_path / "bad.npz", **changes)
+    with pytest.raises(DataError, match=text):
+        open_source(tmp_path / "bad.npz", 8)
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "flipped", "npy", "text", "folder"])
+def test_bad_array_file(tmp_path, damage):
+    path = tmp_path / "bad.npz"
+    write_arrays(path)
+    content = path.read_bytes()
+    damaged = {"empty": b"", "cut": content[:300], "text": b"x", "flipped": content[:600] + b"#" + content[601:]}
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    elif damage == "npy":
+        with path.open("wb") as file:
+            np.save(file, np.zeros(3))
+    elif damage != "missing":
+        path.write_bytes(damaged[damage])
+    with pytest.raises(DataError, match=r"bad\.npz"):
+        open_source(path, 8)
+
+
 @pytest.mark.parametrize(("limit", "expected"), [(None, range(7)), (3, [0, 2, 4]), (100, range(7)), (1, [0])])
 def test_all_images(limit, expected):
     images, labels = all_images(Tiny(), limit)
