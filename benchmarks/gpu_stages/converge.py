@@ -299,7 +299,7 @@ def _train_wave(stage: Stage, runs: Sequence[Run], judge: Judge, records: dict[K
             began = time.monotonic()
             advance_together(batches, list(graphed.values()), step)
             launching += time.monotonic() - began
-            if step % CHECK_EVERY == 0:
+            if (step - first) % CHECK_EVERY == 0:
                 _synchronize(stage)
                 if stage.left < 5 + 1.2 * judging:
                     stage.skip(f"{runs[0].benchmark.recipe.name} beyond step {first}", "the time is spent")
