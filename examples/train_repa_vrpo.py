@@ -88,13 +88,14 @@ class Trainer:
         tensors, state = found
         set_model_state_dict(self.model, dict(tensors["model"]), options=FULL)
         self.ema.load_state_dict(tensors["ema"])
-        # The settings of the parameter groups come from the options, the moments from the checkpoint.
-        optimizer: dict[str, Any] = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=FULL)
+        # The settings of the parameter groups come from the options, the moments from the checkpoint. Not by FULL, under
+        # which every process but the first gets nothing.
+        groups = get_optimizer_state_dict(self.model, self.optimizer.optimizer)["param_groups"]
         moments: dict[str, Any] = {}
         for key, value in tensors["optimizer"].items():
             name, _, moment = key.rpartition("/")
             moments.setdefault(name, {})[moment] = value
-        optimizer["state"] = moments
+        optimizer: dict[str, Any] = {"state": moments, "param_groups": groups}
         set_optimizer_state_dict(self.model, self.optimizer.optimizer, optimizer, options=FULL)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
