@@ -292,3 +292,14 @@ def test_latents_without_a_decoder(reward: LPIPSReward) -> None:
     latents = images(1, channels=4)
     with pytest.raises(ShapeError, match="decode="):
         reward(state_of(latents, latents))
+
+
+def test_a_position_without_length_does_not_outweigh_the_others(reward: LPIPSReward) -> None:
+    channels = [lin.model[-1].in_channels for lin in reward._lpips.lins]
+    signs = [torch.ones(c, 1, 1).index_fill(0, torch.arange(0, c, 2), -1.0) for c in channels]
+    reward._features = lambda x: tuple(x[:, :1] * sign + x[:, 1:2] for sign in signs)  # type: ignore[method-assign]
+    x0, x0_hat = images(2), images(2, seed=1)
+    x0_hat[0, :, 3, 3] *= 1e-9
+    x0_hat.requires_grad_()
+    reward(state_of(x0_hat, x0))[0].sum().backward()
+    assert x0_hat.grad is not None and x0_hat.grad[0, :, 3, 3].norm() < 0.5 * x0_hat.grad.norm()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vrpo_plugin.errors import CheckpointError, ConfigError, ShapeError, WeightsNotFoundError, explain
 from vrpo_plugin.functional.rewards import RewardState
+from vrpo_plugin.functional.tensors import directions
 
 LPIPSNet = Literal["alex", "vgg", "squeeze"]
 
@@ -128,7 +129,7 @@ class LPIPSReward:
         with torch.autocast(x0.device.type, enabled=False):
             for linear, f, g in zip(self._lpips.lins, estimate, reference, strict=True):
                 # lpips' own normalisation has a NaN gradient where every channel is 0.
-                difference = F.normalize(f, dim=1, eps=1e-10) - F.normalize(g, dim=1, eps=1e-10)
+                difference = directions(f, 1, eps=1e-10) - directions(g, 1, eps=1e-10)
                 total = total + reduce(linear(difference.square()), "b 1 h w -> b", "mean")
         return total
 

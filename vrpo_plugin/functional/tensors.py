@@ -11,6 +11,9 @@ from torch import Tensor
 
 from vrpo_plugin.errors import ShapeError, explain
 
+# Lengths under which a vector has no direction worth a gradient: in units of its sample's mean, and at all.
+SHORT, SHORTEST = 1e-3, 1e-4
+
 
 def promote(x: Tensor) -> Tensor:
     """Brings float16, bfloat16 and whole numbers to float32 and leaves float32 and float64 as they are."""
@@ -70,6 +73,30 @@ def resample_tokens(z: Tensor, grid: tuple[int, int], target_grid: tuple[int, in
     maps = rearrange(promote(z), "b (h w) d -> b d h w", h=grid[0])
     maps = F.interpolate(maps, size=target_grid, mode="bilinear", antialias=True, align_corners=False)
     return rearrange(maps, "b d h w -> b (h w) d")
+
+
+def directions(x: Tensor, dim: int, *, eps: float = 1e-12) -> Tensor:
+    """``x / max(|x|, eps)`` along ``dim``, with a gradient that is bounded.
+
+    The derivative of a direction is one over the length: an empty token (a padded one, one that underflowed) would
+    outweigh all others by many orders, and clipping would leave nothing of them. Vectors that are shorter than
+    ``SHORT`` times their sample's mean length, or than ``SHORTEST``, keep their value and get no gradient.
+
+    Args:
+        x: vectors (B, ...), in float32 at least.
+        dim: along which a vector lies.
+        eps: smallest length that is divided by.
+
+    Returns:
+        Vectors of length 1, or 0, of the shape of ``x``.
+    """
+    length = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+    unit = x / length.clamp(min=eps)
+    if not x.requires_grad:
+        return unit
+    known = length.detach()
+    usual = known.mean(tuple(range(1, x.ndim)), keepdim=True)
+    return torch.where(known > (SHORT * usual).clamp(min=SHORTEST), unit, unit.detach())
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
