@@ -88,8 +88,8 @@ class Trainer:
         tensors, state = found
         set_model_state_dict(self.model, dict(tensors["model"]), options=FULL)
         self.ema.load_state_dict(tensors["ema"])
-        # The settings of the parameter groups come from the options, the moments from the checkpoint. Not by FULL, under
-        # which every process but the first gets nothing.
+        # The settings of the parameter groups come from the options, the moments from the checkpoint. Not by FULL: it
+        # gives them to the first process alone.
         groups = get_optimizer_state_dict(self.model, self.optimizer.optimizer)["param_groups"]
         moments: dict[str, Any] = {}
         for key, value in tensors["optimizer"].items():

@@ -1,6 +1,7 @@
 """What other files share: the working precision, masks of finite samples, and the resampling of token grids."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from vrpo_plugin.errors import ShapeError, explain
+from vrpo_plugin.errors import DataError, ShapeError, explain
 
 # Lengths under which a vector has no direction worth a gradient: in units of its sample's mean, and at all.
 SHORT, SHORTEST = 1e-3, 1e-4
@@ -20,6 +21,15 @@ def promote(x: Tensor) -> Tensor:
     return x if x.is_floating_point() and x.dtype.itemsize >= 4 else x.float()
 
 
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that has no such numbers (MPS)."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return torch.float32
+    return torch.float64
+
+
 def require_shape(name: str, x: Tensor, shape: Sequence[int]) -> None:
     """Refuses a tensor that would be broadcast to another meaning.
 
@@ -28,6 +38,41 @@ def require_shape(name: str, x: Tensor, shape: Sequence[int]) -> None:
     """
     if x.shape != shape:
         raise ShapeError(explain(name, expected=tuple(shape), got=tuple(x.shape), do="Pass tensors of one batch."))
+
+
+def require_pixels(subject: str, pixels: Tensor, *, first: bool) -> None:
+    """Refuses floats that are no pixels in [-1, 1], and warns of pixels in [0, 1].
+
+    Values that are not finite are refused in a first batch alone; later they leave out their sample.
+
+    Args:
+        subject: what error messages call it.
+        pixels: floating, any shape.
+        first: this is the caller's first batch. A device is made to wait for it, and for no later one.
+
+    Raises:
+        DataError: values leave [-1, 1] by far: [0, 255], or normalised twice.
+    """
+    if torch.compiler.is_compiling() or pixels.is_meta or not pixels.numel():
+        return
+    if not (first or pixels.device.type == "cpu"):
+        return
+    low, high = (pixels if first else finite_or_zero(pixels)).detach().aminmax()
+    if not (low >= -2 and high <= 2):
+        raise DataError(
+            explain(
+                subject,
+                expected="floats in [-1, 1]",
+                got=f"values from {low.item():g} to {high.item():g}",
+                do="Scale images in [0, 255] by x / 127.5 - 1, once.",
+            )
+        )
+    if first and low >= 0 and high > 0.5:
+        warnings.warn(
+            f"vrpo_plugin: {subject}: floats in [-1, 1] are expected, and the first batch has none below 0. "
+            "If these are pixels in [0, 1], scale them by 2 * x - 1.",
+            stacklevel=2,
+        )
 
 
 def square_grid(tokens: int) -> tuple[int, int]:
