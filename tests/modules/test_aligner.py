@@ -239,6 +239,52 @@ def test_latents_that_are_no_square() -> None:
     assert all(p.grad is not None for p in aligner.parameters())
 
 
+@pytest.mark.parametrize("token_grid", [(2, 8), (4, 16), (4, 4), (8, 2)])
+@pytest.mark.parametrize("own_projectors", [True, False])
+def test_tokens_of_oblong_images_meet_in_their_places(token_grid: tuple[int, int], own_projectors: bool) -> None:
+    # 16 tokens are 4 x 4, 2 x 8 or 8 x 2: what decides is the latents' aspect, and the encoder's own grid.
+    height, width = token_grid
+    aligner = tiny_aligner(
+        latent_shape=(4, 4, 16), token_grid=token_grid, reward_coeff=0.0, own_projectors=own_projectors
+    )
+    z = torch.randn(3, height * width, 12)
+    maps = F.interpolate(
+        z.mT.unflatten(2, token_grid), size=(2, 8), mode="bilinear", antialias=True, align_corners=False
+    )
+    expected = maps.flatten(2).mT
+    if own_projectors:
+        hidden = torch.randn(3, 16, 32)
+        out, projected = aligner(z, hidden=hidden), aligner.projectors[0](hidden)
+    else:
+        projected = torch.randn(3, 16, 12)
+        out = aligner(z, z_tilde=projected)
+    torch.testing.assert_close(out.features_loss, -cosine(projected, expected).mean(), **FLOAT32)
+
+
+def test_oblong_tokens_of_another_count_keep_their_aspect() -> None:
+    aligner, batch = tiny_aligner(latent_shape=(4, 4, 16)), make_batch(4, latent_shape=(4, 4, 16), tokens=64)
+    maps = F.interpolate(batch.z[0].mT.unflatten(2, (4, 16)), size=(2, 8), mode="bilinear", antialias=True)
+    hidden = torch.randn(4, 16, 32)
+    out = aligner(batch.z, hidden=hidden, **latents(batch))
+    same = aligner(maps.flatten(2).mT, hidden=hidden, **latents(batch))
+    torch.testing.assert_close(out.rewards, same.rewards, **FLOAT32)
+
+
+def test_tokens_that_fit_no_grid_of_the_image_are_refused() -> None:
+    aligner = tiny_aligner(latent_shape=(4, 4, 16), reward_coeff=0.0)
+    with pytest.raises(ShapeError, match=r"as high to wide as 4 to 16 .* got 40"):
+        aligner(torch.randn(3, 40, 12), hidden=torch.randn(3, 16, 32))
+    with pytest.raises(ShapeError, match=r"as high to wide as 4 to 16 .* got 25"):
+        aligner(torch.randn(3, 16, 12), hidden=torch.randn(3, 25, 32))
+
+
+def test_tokens_of_odd_sides_are_left_as_they_are() -> None:
+    aligner = tiny_aligner(latent_shape=(4, 9, 8), reward_coeff=0.0)
+    z, hidden = torch.randn(3, 72, 12), torch.randn(3, 72, 32)  # of patch 1
+    loss = aligner(z, hidden=hidden).features_loss
+    torch.testing.assert_close(loss, -cosine(aligner.projectors[0](hidden), z).mean(), **FLOAT32)
+
+
 def test_a_conv_projector(model: TinySiT) -> None:
     aligner = tiny_aligner(projector="conv").attach(model)
     assert isinstance(aligner.projectors[0], ConvProjector)
@@ -441,6 +487,7 @@ def test_a_configuration_and_overrides() -> None:
         ({"target_dims": 12}, r"hidden_dim, depth, target_dims: expected >= 1"),
         ({"latent_shape": (4, 8.0, 8)}, r"latent_shape: expected \(C, H, W\)"),
         ({"token_grid": (4,)}, r"token_grid: expected \(h, w\) or None, got \(4,\)"),
+        ({"prefix_tokens": 1, "projector": "conv"}, r"projector: expected 'mlp' with 1 tokens before the grid, got"),
         ({"prefix_tokens": -1}, r"prefix_tokens: expected a whole number >= 0, got -1"),
         ({"encoder_depth": "1"}, r"encoder_depth: expected a block number, got '1'"),
         ({"layers": (5,)}, r"layers: expected distinct block numbers from 1 to 4, got \(5,\)"),

@@ -94,6 +94,29 @@ def square_grid(tokens: int) -> tuple[int, int]:
     return side, side
 
 
+def grid_like(tokens: int, sides: tuple[int, int] | None) -> tuple[int, int]:
+    """The grid of so many tokens of an image with these sides, whose aspect it has; of a square one where None.
+
+    Raises:
+        ShapeError: no grid of that aspect has so many tokens.
+    """
+    if sides is None or sides[0] == sides[1]:
+        return square_grid(tokens)
+    common = math.gcd(*sides)
+    height, width = sides[0] // common, sides[1] // common
+    times = math.isqrt(max(tokens, 0) // (height * width))
+    if times < 1 or times * times * height * width != tokens:
+        raise ShapeError(
+            explain(
+                "tokens",
+                expected=f"a grid as high to wide as {sides[0]} to {sides[1]} (prefix tokens already dropped)",
+                got=tokens,
+                do="Drop cls and register tokens, and give token_grid= and latent_shape= of these images.",
+            )
+        )
+    return times * height, times * width
+
+
 def resample_tokens(z: Tensor, grid: tuple[int, int], target_grid: tuple[int, int]) -> Tensor:
     """Resamples a token grid bilinearly (antialiased where it shrinks).
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,10 +18,10 @@ from vrpo_plugin.functional.rewards import RewardState
 from vrpo_plugin.functional.tensors import (
     finite_or_zero,
     finite_samples,
+    grid_like,
     masked_mean,
     promote,
     resample_tokens,
-    square_grid,
     zero_unless,
 )
 from vrpo_plugin.modules.critic import LatentCritic, load_critic_weights
@@ -86,7 +87,8 @@ class VRPOAligner(nn.Module):
         depth: number of transformer blocks.
         latent_shape: (C, H, W) of the latents; needed where a critic is made.
         token_grid: (h, w) that the encoder tokens come in; by default half the latent's sides, the grid of a
-            patch-2 transformer and of REPA's encoders.
+            patch-2 transformer and of REPA's encoders. Other counts of tokens are read as a grid of this aspect, those
+            of the transformer as one of the latents' aspect; where neither is given, as a square.
         encoder_depth: the host's own aligned block, 1-based; used by ``layers="early"``.
         own_projectors: False where the host projects its tokens itself; ``forward`` then takes ``z_tilde``, and
             there are no projectors and no taps here.
@@ -135,9 +137,14 @@ class VRPOAligner(nn.Module):
         self.depth = depth
         self.own_projectors, self.prefix_tokens = own_projectors, prefix_tokens
         self.layers = resolve_layers(self.config.layers, depth, encoder_depth=encoder_depth)
-        if token_grid is None and latent_shape is not None:
-            token_grid = (max(1, latent_shape[1] // 2), max(1, latent_shape[2] // 2))
-        self.token_grid = token_grid
+        self.sides = None if latent_shape is None else (latent_shape[1], latent_shape[2])
+        self._encoder_sides = self.sides if token_grid is None else (token_grid[0], token_grid[1])
+        if token_grid is None and self.sides is not None:
+            token_grid = (max(1, self.sides[0] // 2), max(1, self.sides[1] // 2))
+        self.token_grid = None if token_grid is None else (token_grid[0], token_grid[1])
+        # An encoder that saw an oblong image as a square has as many tokens in other places.
+        aspects = {Fraction(*sides) for sides in (self.sides, self._encoder_sides) if sides is not None}
+        self._squashed = len(aspects) > 1
         self.taps = Taps(self.layers)
         self._checked = False
         with torch.random.fork_rng(devices=[]):
@@ -157,8 +164,16 @@ class VRPOAligner(nn.Module):
     def _build_projectors(self) -> nn.ModuleList:
         if self.config.features != "policy" or not self.own_projectors:
             return nn.ModuleList()
+        if self.config.projector == "conv" and self.prefix_tokens:
+            _refuse("projector", f"'mlp' with {self.prefix_tokens} tokens before the grid", self.config.projector)
         return nn.ModuleList(
-            build_projector(self.config.projector, self.hidden_dim, dim, projector_dim=self.config.projector_dim)
+            build_projector(
+                self.config.projector,
+                self.hidden_dim,
+                dim,
+                projector_dim=self.config.projector_dim,
+                sides=self.sides or self._encoder_sides,
+            )
             for _ in self.layers
             for dim in self.target_dims
         )
@@ -332,7 +347,7 @@ class VRPOAligner(nn.Module):
                 # The velocity's gradient has the time as its factor: NaN, though the sample is left out below.
                 usable = finite_or_zero(t)
                 x0_hat = clean_estimate(promote(x_t), promote(velocity), usable, self.config.path_type)
-            on_grid = tuple(_resample(target[:, self.prefix_tokens :], self.token_grid) for target in targets)
+            on_grid = tuple(self._resample(target[:, self.prefix_tokens :], self.token_grid) for target in targets)
             generated = self.generation(RewardState(x0_hat, x0, x_t, t, on_grid, y, step), generator)
         release = self._left(self.config.release, self.config.release_steps, step)
         reward_release = self._left(self.config.reward_release, self.config.reward_release_steps, step)
@@ -379,10 +394,20 @@ class VRPOAligner(nn.Module):
 
     def _like(self, z: Tensor, z_tilde: Tensor) -> Tensor:
         """The encoder's tokens (B, N, D) on the transformer's grid."""
-        if z.shape[1] == z_tilde.shape[1]:
+        if z.shape[1] == z_tilde.shape[1] and not self._squashed:
             return z
-        prefix, grid = self.prefix_tokens, square_grid(z_tilde.shape[1] - self.prefix_tokens)
-        return torch.cat([z[:, :prefix], _resample(z[:, prefix:], grid)], 1)
+        prefix = self.prefix_tokens
+        grid = grid_like(z_tilde.shape[1] - prefix, self.sides or self._encoder_sides)
+        return torch.cat([z[:, :prefix], self._resample(z[:, prefix:], grid)], 1)
+
+    def _resample(self, z: Tensor, grid: tuple[int, int] | None) -> Tensor:
+        """The encoder's tokens (B, N, D) on a grid; as they are where that is not known."""
+        if grid is None:
+            return z
+        own = self.token_grid
+        if own is None or z.shape[1] != own[0] * own[1]:
+            own = grid_like(z.shape[1], self._encoder_sides)
+        return resample_tokens(z, own, grid)
 
     def _left(self, schedule: str, steps: int, step: int | None) -> Tensor | float:
         """Share that a schedule has left (equation 17); a tensor where the aligner counts itself."""
@@ -396,12 +421,6 @@ class VRPOAligner(nn.Module):
 
 def _tuple(tensors: Any) -> tuple[Tensor, ...]:
     return tuple(tensors) if isinstance(tensors, (list, tuple)) else () if tensors is None else (tensors,)
-
-
-def _resample(z: Tensor, grid: tuple[int, int] | None) -> Tensor:
-    if grid is None or z.shape[1] == grid[0] * grid[1]:
-        return z
-    return resample_tokens(z, square_grid(z.shape[1]), grid)
 
 
 def _refuse(name: str, expected: str, got: object) -> NoReturn:
