@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vrpo_plugin.config import VRPOConfig, check_keys
-from vrpo_plugin.errors import ConfigError, HostNotFoundError, PatchConflictError, explain
+from vrpo_plugin.errors import ConfigError, HostNotFoundError, PatchConflictError, ShapeError, explain
 from vrpo_plugin.functional.alignment import cosine_alignment, spatial_normalize
 from vrpo_plugin.functional.interpolant import clean_estimate
 from vrpo_plugin.functional.rewards import RewardState
@@ -142,9 +141,6 @@ class VRPOAligner(nn.Module):
         if token_grid is None and self.sides is not None:
             token_grid = (max(1, self.sides[0] // 2), max(1, self.sides[1] // 2))
         self.token_grid = None if token_grid is None else (token_grid[0], token_grid[1])
-        # An encoder that saw an oblong image as a square has as many tokens in other places.
-        aspects = {Fraction(*sides) for sides in (self.sides, self._encoder_sides) if sides is not None}
-        self._squashed = len(aspects) > 1
         self.taps = Taps(self.layers)
         self._checked = False
         with torch.random.fork_rng(devices=[]):
@@ -394,11 +390,20 @@ class VRPOAligner(nn.Module):
 
     def _like(self, z: Tensor, z_tilde: Tensor) -> Tensor:
         """The encoder's tokens (B, N, D) on the transformer's grid."""
-        if z.shape[1] == z_tilde.shape[1] and not self._squashed:
+        prefix, tokens = self.prefix_tokens, z_tilde.shape[1] - self.prefix_tokens
+        if z.shape[1] == z_tilde.shape[1] and not self._squashes(tokens):
             return z
-        prefix = self.prefix_tokens
-        grid = grid_like(z_tilde.shape[1] - prefix, self.sides or self._encoder_sides)
+        grid = grid_like(tokens, self.sides or self._encoder_sides)
         return torch.cat([z[:, :prefix], self._resample(z[:, prefix:], grid)], 1)
+
+    def _squashes(self, tokens: int) -> bool:
+        """An encoder that saw an oblong image as a square has as many tokens, in other places."""
+        if self.sides is None or self.sides == self._encoder_sides:
+            return False
+        try:
+            return grid_like(tokens, self.sides) != grid_like(tokens, self._encoder_sides)
+        except ShapeError:  # no grid of these latents: nothing says that the two differ
+            return False
 
     def _resample(self, z: Tensor, grid: tuple[int, int] | None) -> Tensor:
         """The encoder's tokens (B, N, D) on a grid; as they are where that is not known."""
