@@ -33,7 +33,9 @@ from train_parts import (
     build_model,
     build_optimizer,
     build_targets,
+    check_data,
     check_launch,
+    check_tools,
     describe,
     parameter_groups,
     update_ema,
@@ -59,6 +61,7 @@ class Trainer:
         self.options, self.config, self.accelerator = options, config, accelerator
         device = accelerator.device
         self.source: Source = open_source(options.data_dir, options.resolution)
+        check_data(options, self.source, accelerator.num_processes)
         self.folder = RunFolder(options, config, to_dict(options, config), self.source.fingerprint())
         decode = build_decoder(options, self.source, device)
         accelerator.wait_for_everyone()  # every process has looked before the first one writes
@@ -74,6 +77,8 @@ class Trainer:
         self.clip_groups = parameter_groups(self.model)
         self.guard = NonFiniteGuard(self.optimizer.optimizer, self.model, scaler=accelerator.scaler)
         self.painter = Painter(options, config, self.source, decode, device) if decode else None
+        if self.painter is not None and accelerator.is_main_process:
+            self.painter.load_network()
         self.metrics = MetricBuffer(accelerator)
         self.skipped, self.fallback = SkippedSteps(options.max_skipped_steps), FallbackNotice()
         self.step = 0
@@ -200,7 +205,7 @@ class Trainer:
     def _evaluate(self) -> None:
         assert self.painter is not None  # build_decoder has refused otherwise
         result = self.painter.evaluate(self.ema)
-        (self.folder.path / "evaluation.json").write_text(result.to_json() + "\n", encoding="utf-8")
+        self.folder.write_evaluation(result)
         print(
             f"{self.options.method}: Frechet distance {result.frechet_distance:.3f}, "
             f"precision {result.precision:.3f}, recall {result.recall:.3f} "
@@ -214,6 +219,7 @@ def main(argv: list[str] | None = None) -> None:
         options, config = parse_options(argv)
         if options.deterministic:
             use_deterministic_kernels()
+        check_tools(options)
         accelerator = Accelerator(
             mixed_precision=options.mixed_precision,
             log_with=None if options.report_to == "none" else options.report_to,

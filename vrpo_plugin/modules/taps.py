@@ -37,7 +37,8 @@ def resolve_layers(
         raise ConfigError(
             explain("encoder_depth", expected="a block number", got=repr(encoder_depth), do="Correct it.")
         )
-    chosen = (encoder_depth or max(1, round(depth / 3)),) if layers == "early" else tuple(layers)
+    early = max(1, round(depth / 3)) if encoder_depth is None else encoder_depth
+    chosen = (early,) if layers == "early" else tuple(layers)
     if not chosen or any(not 1 <= i <= depth for i in chosen) or len(set(chosen)) != len(chosen):
         raise ConfigError(
             explain(

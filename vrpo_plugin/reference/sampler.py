@@ -68,7 +68,7 @@ def sample(
     Source: SiT, arXiv 2401.08740, section 3; time grid of REPA@67f7145:samplers.py.
     """
     _check_choice("path_type", path_type, PATH_TYPES)
-    check_sampling(
+    _check_sampling(
         solver=solver, num_steps=num_steps, guidance_scale=guidance_scale, guidance_interval=guidance_interval
     )
     null_labels = _null_labels(model, y, guidance_scale, null_label)
@@ -82,14 +82,9 @@ def sample(
     return x.to(noise.dtype)
 
 
-def check_sampling(
+def _check_sampling(
     *, solver: str, num_steps: int, guidance_scale: float, guidance_interval: tuple[float, float]
 ) -> None:
-    """Refuses settings that :func:`sample` cannot follow: a run asks before it trains.
-
-    Raises:
-        ConfigError: one is unknown or out of range.
-    """
     _check_choice("solver", solver, SOLVERS)
     if not (num_steps >= 1 and num_steps == int(num_steps)):
         raise ConfigError(explain("num_steps", expected="at least 1", got=num_steps, do="Correct it."))
