@@ -567,6 +567,71 @@ def test_shapes_that_do_not_fit_are_errors_on_the_first_call(name: str, given: A
     assert torch.isfinite(aligner(**right).loss) and aligner.step == 1
 
 
+LATER = {
+    "more latents": lambda right: {"x0": torch.randn(8, 4, 8, 8)},
+    "fewer encoder tokens": lambda right: {"z": right["z"][:2]},
+    "another encoder": lambda right: {"z": torch.randn(4, 16, 13)},
+    "one prediction": lambda right: {"velocity": right["velocity"][:1]},
+    "one time": lambda right: {"t": right["t"][:1]},
+    "hidden tokens of another batch": lambda right: {"hidden": torch.randn(3, 16, 32)},
+    "tokens of no grid": lambda right: {"z": torch.randn(4, 15, 12)},
+    "another dtype": lambda right: {"hidden": right["hidden"].double()},
+}
+
+
+@pytest.mark.parametrize("change", LATER.values(), ids=LATER)
+@pytest.mark.parametrize("calls_before", [1, 3])
+def test_what_does_not_fit_is_noticed_on_later_calls_too(change: Any, calls_before: int) -> None:
+    batch, aligner = make_batch(4), tiny_aligner()
+    right: dict[str, Any] = {"z": batch.z[0], "hidden": torch.randn(4, 16, 32), **latents(batch)}
+    for _ in range(calls_before):
+        aligner(**right)
+    with pytest.raises(ShapeError):
+        aligner(**{**right, **change(right)})
+    larger = make_batch(8)
+    assert torch.isfinite(aligner(larger.z, hidden=torch.randn(8, 16, 32), **latents(larger)).loss)
+
+
+TIMES = {
+    "whole timesteps": torch.tensor([0.0, 250.0, 500.0, 999.0]),
+    "negative": torch.tensor([-0.2, 0.1, 0.2, 0.3]),
+    "sigmas": torch.tensor([0.1, 0.5, 14.6, torch.nan]),
+    "log-snr": torch.tensor([-4.0, 0.0, torch.inf, 1.0]),
+}
+
+
+@pytest.mark.parametrize("t", TIMES.values(), ids=TIMES)
+@pytest.mark.parametrize("features", ["policy", "none"])
+def test_times_of_another_convention_are_refused(t: torch.Tensor, features: str) -> None:
+    batch, aligner = make_batch(4), tiny_aligner(features=features)
+    hidden = torch.randn(4, 16, 32)
+    for _ in range(2):  # as long as no call was right
+        with pytest.raises(ConfigError, match=r"t: expected times in \[0, 1\], .* Divide timesteps by their number"):
+            aligner(batch.z, hidden=hidden, **{**latents(batch), "t": t})
+    assert aligner.step == 0
+    assert torch.isfinite(aligner(batch.z, hidden=hidden, **latents(batch)).loss)
+
+
+def test_times_at_the_ends_and_times_that_are_not_finite_are_left_to_the_objective() -> None:
+    batch = make_batch(4)
+    for t in ([0.0, 1.0, 1.0000001, -1e-7], [torch.nan, torch.inf, 0.5, -torch.inf]):
+        tiny_aligner()(batch.z, hidden=torch.randn(4, 16, 32), **{**latents(batch), "t": torch.tensor(t)})
+
+
+def test_the_remedy_fits() -> None:
+    batch, aligner = make_batch(4), tiny_aligner()
+    right: dict[str, Any] = {"z": batch.z[0], "hidden": torch.randn(4, 16, 32), **latents(batch)}
+    for change, remedy in (
+        ({"hidden": torch.randn(4, 16, 32).bfloat16()}, r"inside the model's torch\.autocast"),
+        ({"velocity": torch.randn(4, 8, 8, 8)}, r"output\.chunk\(2, dim=1\)\[0\]"),
+        ({"z": torch.randn(4, 16, 13)}, "target_dims="),
+    ):
+        with pytest.raises(ShapeError, match=remedy):
+            aligner(**{**right, **change})
+    with torch.autocast("cpu", torch.bfloat16):
+        aligner(**{**right, "hidden": torch.randn(4, 16, 32).bfloat16()})
+
+
 def test_latents_of_another_size_than_the_critics_are_an_error() -> None:
     batch, aligner = make_batch(4, latent_shape=(4, 16, 16)), tiny_aligner(features="none")
     with pytest.raises(ShapeError, match=r"latent: expected \(B, 4, 8, 8\), got \(4, 4, 16, 16\)"):

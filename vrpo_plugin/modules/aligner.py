@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from vrpo_plugin.config import VRPOConfig, check_keys
 from vrpo_plugin.errors import ConfigError, HostNotFoundError, PatchConflictError, ShapeError, explain
@@ -31,11 +33,15 @@ from vrpo_plugin.modules.inputs import (
     check_projected,
     check_sizes,
     check_targets,
+    check_times,
+    holds,
     say_group_sizes,
     sizes_of_encoder,
     sizes_of_model,
+    warn_without_gradient,
 )
 from vrpo_plugin.modules.projector import build_projector
+from vrpo_plugin.modules.standstill import UpdateWatch, wrapped_too_early
 from vrpo_plugin.modules.statistics import update_buffer
 from vrpo_plugin.modules.taps import Taps, resolve_layers
 
@@ -142,7 +148,8 @@ class VRPOAligner(nn.Module):
             token_grid = (max(1, self.sides[0] // 2), max(1, self.sides[1] // 2))
         self.token_grid = None if token_grid is None else (token_grid[0], token_grid[1])
         self.taps = Taps(self.layers)
-        self._checked = False
+        self._seen: set[Any] = set()  # kinds of input that were checked
+        self._watch = UpdateWatch()
         with torch.random.fork_rng(devices=[]):
             self.projectors = self._build_projectors()
             self.generation = self._build_generation(latent_shape, rewards or {}, black_box_rewards or {})
@@ -234,8 +241,10 @@ class VRPOAligner(nn.Module):
 
         Raises:
             HostNotFoundError: there are no blocks, or fewer than ``depth``.
-            PatchConflictError: another aligner is attached.
+            PatchConflictError: another aligner is attached, or DDP has wrapped the model.
         """
+        if isinstance(model, DistributedDataParallel):
+            raise wrapped_too_early(model)
         if getattr(model, "vrpo", None) is self:
             return self
         if hasattr(model, "vrpo"):
@@ -254,7 +263,10 @@ class VRPOAligner(nn.Module):
             )
         if len(self.projectors):
             self.taps.install(model, blocks)
+        elif dist.is_available() and dist.is_initialized():
+            self.taps.watch_calls(model)
         model.vrpo = self
+        self._watch = UpdateWatch(model, self)
         return self
 
     def detach(self, model: nn.Module) -> None:
@@ -269,6 +281,7 @@ class VRPOAligner(nn.Module):
             )
         del model.vrpo
         self.taps.uninstall(model)
+        self._watch = UpdateWatch()
 
     def forward(
         self,
@@ -304,13 +317,18 @@ class VRPOAligner(nn.Module):
             :class:`VRPOOutput`.
 
         Raises:
-            ShapeError: on the first call, where shapes do not fit together.
+            ShapeError: on the first call with such shapes, where they do not fit together.
             HostNotFoundError: the taps did not fire.
-            ConfigError: a black-box reward without ``generator``.
+            ConfigError: a black-box reward without ``generator``; times outside [0, 1], on the first call; a call that
+                DDP cannot see under ``find_unused_parameters=True``.
         """
         targets, tokens = _tuple(z), self._hidden_tokens(hidden)
         projected = _tuple(z_tilde) if self.config.features == "policy" and not self.own_projectors else ()
-        if not self._checked:
+        estimate = velocity if x0_hat is None else x0_hat
+        compiling = torch.compiler.is_compiling()
+        # While compiling, the checks leave no code behind, and a changed attribute would compile it all again.
+        kind = None if compiling else _kind_of(*targets, *tokens, *projected, x0, x_t, t, estimate)
+        if compiling or kind not in self._seen:
             batch = check_targets(targets, self.target_dims)
             if tokens:
                 dtype = next(self.projectors.parameters()).dtype
@@ -318,11 +336,18 @@ class VRPOAligner(nn.Module):
             if self.config.features == "policy" and not self.own_projectors:
                 check_projected(projected, batch, self.target_dims)
             if self.generation is not None:
-                check_latents(batch, x0=x0, x_t=x_t, t=t, estimate=velocity if x0_hat is None else x0_hat)
+                check_latents(batch, x0=x0, x_t=x_t, t=t, estimate=estimate)
+                assert t is not None
+                if (t.dtype, t.device) not in self._seen:  # values are read once, not for every batch size
+                    check_times(t)
                 if self.config.group == "noise":
                     say_group_sizes(batch, self.config.group_size)
-            # While compiling, the checks leave no code behind, and a changed attribute would compile it all again.
-            self._checked = not torch.compiler.is_compiling()
+            if not compiling:
+                self._first_call(step, estimate, [*tokens, *projected])
+                self._seen |= {kind} if t is None else {kind, (t.dtype, t.device)}
+        if self.training and not compiling:
+            self._watch.look(self)
+            self.taps.wrapper.leave()
         if self.training:
             update_buffer(self, "step", self.step + 1)
         if self.config.target_norm == "spatial":
@@ -367,6 +392,24 @@ class VRPOAligner(nn.Module):
             advantages=generated.advantages if generated else zero.new_zeros(len(targets[0])),
             metrics=metrics | (generated.metrics if generated else {}),
         )
+
+    def _first_call(self, step: int | None, estimate: Tensor | None, tokens: Sequence[Tensor]) -> None:
+        """Says what makes a run stand still, as far as its first call can tell."""
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        if self.generation is not None and (self._watch.attached or any(h.requires_grad for h in tokens)):
+            warn_without_gradient(estimate)
+        if self._seen:
+            return
+        for name, works in {"release": len(tokens) > 0, "reward_release": self.generation is not None}.items():
+            schedule, steps = getattr(self.config, name), getattr(self.config, f"{name}_steps")
+            if works and schedule != "none" and steps and _is_over(self.step if step is None else step, steps):
+                begun = "the step that a checkpoint has restored" if step is None else f"step {step}"
+                logger.warning(
+                    "%s_steps=%d is over before the first call, at %s: that part of the objective has no weight. To "
+                    "train with it from here on, add this step to %s_steps.",
+                    name, steps, begun, name,
+                )  # fmt: skip
 
     def _hidden_tokens(self, hidden: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, ...]:
         if not len(self.projectors):
@@ -426,6 +469,16 @@ class VRPOAligner(nn.Module):
 
 def _tuple(tensors: Any) -> tuple[Tensor, ...]:
     return tuple(tensors) if isinstance(tensors, (list, tuple)) else () if tensors is None else (tensors,)
+
+
+def _kind_of(*tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple((x.shape, x.dtype, x.requires_grad) if isinstance(x, Tensor) else type(x) for x in tensors)
+
+
+def _is_over(done: Tensor | int, steps: int) -> bool:
+    if isinstance(done, Tensor):
+        return not done.is_meta and holds(done >= steps)
+    return done >= steps
 
 
 def _refuse(name: str, expected: str, got: object) -> NoReturn:

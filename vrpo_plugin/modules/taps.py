@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vrpo_plugin.errors import ConfigError, HostNotFoundError, explain
+from vrpo_plugin.modules.standstill import WrapperCheck
 
 
 def resolve_layers(
@@ -69,6 +70,18 @@ class Tap:
         return {"hidden": None, "armed": False}
 
 
+def _see_hooks_when_compiled() -> None:
+    """Makes compiled code notice our hooks.
+
+    torch.compile takes it that hooks never change: code of a model of the same class, or of this one before, would be
+    used again without them, and the taps would never fire.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    torch._dynamo.reset()
+
+
 class Taps:
     """The taps of one model.
 
@@ -82,11 +95,18 @@ class Taps:
     def __init__(self, layers: tuple[int, ...]) -> None:
         self.layers = layers
         self.taps = [Tap() for _ in layers]
+        self.wrapper = WrapperCheck()
 
     def install(self, model: nn.Module, blocks: nn.ModuleList) -> None:
+        _see_hooks_when_compiled()
         model.register_forward_pre_hook(self.arm)
         for layer, tap in zip(self.layers, self.taps, strict=True):
             blocks[layer - 1].register_forward_hook(tap.capture)
+
+    def watch_calls(self, model: nn.Module) -> None:
+        """Without taps: looks at the model's calls all the same, see :meth:`arm`."""
+        _see_hooks_when_compiled()
+        model.register_forward_pre_hook(self.arm)
 
     def uninstall(self, model: nn.Module) -> None:
         owners = {id(self), *(id(tap) for tap in self.taps)}
@@ -97,6 +117,8 @@ class Taps:
 
     def arm(self, module: nn.Module, args: Any) -> None:
         armed = torch.is_grad_enabled()
+        if armed and not torch.compiler.is_compiling():
+            self.wrapper.enter(module)
         for tap in self.taps:
             tap.armed, tap.hidden = armed, None
 
