@@ -3,13 +3,20 @@
 import copy
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from train_options import ENCODER_PREFIX, TrainOptions
@@ -224,6 +231,30 @@ def build_optimizer(options: TrainOptions, model: SiT) -> torch.optim.AdamW:
         eps=options.adam_epsilon,
         fused=True,  # so that a step that is not finite can be left out on the device
     )
+
+
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def whole_states(model: SiT, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint holds of the two, gathered from all shards: on the first process; the others get parts."""
+    state: dict[str, Any] = get_model_state_dict(model, options=FULL)
+    moments: Any = get_optimizer_state_dict(model, optimizer, options=FULL).get("state", {})
+    named: dict[str, Any] = {f"{name}/{k}": v for name, own in moments.items() for k, v in own.items()}
+    return {"model": state, "optimizer": named}
+
+
+def load_states(model: SiT, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Puts back what :func:`whole_states` gave, on every process, whatever the number of processes was."""
+    set_model_state_dict(model, dict(tensors["model"]), options=FULL)
+    # The settings of the parameter groups come from the options, the moments from the checkpoint. Not by FULL: it
+    # gives them to the first process alone.
+    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
+    moments: dict[str, Any] = {}
+    for key, value in tensors["optimizer"].items():
+        name, _, moment = key.rpartition("/")
+        moments.setdefault(name, {})[moment] = value
+    set_optimizer_state_dict(model, optimizer, {"state": moments, "param_groups": groups}, options=FULL)
 
 
 def build_loader(

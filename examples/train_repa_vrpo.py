@@ -14,13 +14,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from train_options import TrainOptions, parse_options, to_dict
@@ -37,15 +30,15 @@ from train_parts import (
     check_launch,
     check_tools,
     describe,
+    load_states,
     parameter_groups,
     update_ema,
     use_deterministic_kernels,
+    whole_states,
 )
 
 from vrpo_plugin import NonFiniteGuard, VRPOConfig, VRPOError
 from vrpo_plugin.reference.sources import Source, open_source
-
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class Trainer:
@@ -91,17 +84,8 @@ class Trainer:
                 self.folder.cut_metrics(0)  # of a run that was killed before its first checkpoint
             return
         tensors, state = found
-        set_model_state_dict(self.model, dict(tensors["model"]), options=FULL)
         self.ema.load_state_dict(tensors["ema"])
-        # The settings of the parameter groups come from the options, the moments from the checkpoint. Not by FULL: it
-        # gives them to the first process alone.
-        groups = get_optimizer_state_dict(self.model, self.optimizer.optimizer)["param_groups"]
-        moments: dict[str, Any] = {}
-        for key, value in tensors["optimizer"].items():
-            name, _, moment = key.rpartition("/")
-            moments.setdefault(name, {})[moment] = value
-        optimizer: dict[str, Any] = {"state": moments, "param_groups": groups}
-        set_optimizer_state_dict(self.model, self.optimizer.optimizer, optimizer, options=FULL)
+        load_states(self.model, self.optimizer.optimizer, tensors)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
@@ -112,14 +96,11 @@ class Trainer:
     def save(self) -> None:
         """Writes a checkpoint of all that the next step depends on; randomness depends on the step alone."""
         self._flush()
-        model = get_model_state_dict(self.model, options=FULL)
-        optimizer: dict[str, Any] = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=FULL)
+        tensors = whole_states(self.model, self.optimizer.optimizer)
         if self.accelerator.is_main_process:
-            moments = {f"{name}/{k}": v for name, state in optimizer["state"].items() for k, v in state.items()}
             scaler = self.accelerator.scaler
             scalars = {"step": self.step, "scaler": None if scaler is None else scaler.state_dict()}
-            tensors = {"model": model, "ema": self.ema.state_dict(), "optimizer": moments}
-            self.folder.save(self.step, tensors, scalars)
+            self.folder.save(self.step, {**tensors, "ema": self.ema.state_dict()}, scalars)
         self.accelerator.wait_for_everyone()
 
     def train(self) -> None:
