@@ -43,9 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--inputs", type=Path, help="folder that --prepare has made; stands for the next three")
     parser.add_argument("--hosts", type=Path, help="folder of checkouts, REPA/ and SiT/")
     parser.add_argument("--data", type=Path, help="folder with train/<class>/* and test/<class>/*, or its tar archive")
-    parser.add_argument(
-        "--networks", type=Path, help="folder of networks and critics; default: benchmarks/networks"
-    )
+    parser.add_argument("--networks", type=Path, help="folder of networks and critics; default: benchmarks/networks")
     parser.add_argument("--groups", nargs="+", default=[], help="titles of the step stage's tables; default: all")
     parser.add_argument("--recipes", nargs="+", default=[], help="of the converge stage; default: all")
     parser.add_argument("--eager", action="store_true", help="converge: without torch.compile")

@@ -15,8 +15,12 @@ from vrpo_plugin import VRPOAligner, VRPOOutput
 def steps(case: Case) -> str:
     """A few training steps: outputs, gradients and statistics after each."""
     if not case.rewards or cannot_fit(case):
-        aligner = case.aligner()
-        return refused(lambda: call(case, aligner, inputs(case, aligner)), "groups or grids that do not fit")
+
+        def misfit() -> None:
+            aligner = case.aligner()
+            call(case, aligner, inputs(case, aligner))
+
+        return refused(misfit, "groups or grids that do not fit")
     before = torch.get_rng_state()
     aligner = case.aligner()
     assert torch.equal(torch.get_rng_state(), before), "construction drew from the global generator"
@@ -72,7 +76,7 @@ def _host(case: Case, aligner: VRPOAligner) -> Host | None:
 
 
 def cannot_fit(case: Case) -> bool:
-    """What is refused by design: image groups that are not whole, and grids that are no squares and do not agree."""
+    """What is refused by design: image groups that are not whole, model grids of another aspect than the latents."""
     tokens, own = math.prod(case.grid), math.prod(case.model_grid)
     if case.settings["target_norm"] == "spatial" and tokens + case.prefix < 2:
         return True
@@ -80,13 +84,10 @@ def cannot_fit(case: Case) -> bool:
         return True
     if not case.aligns:
         return False
-    if case.settings["projector"] == "conv" and case.route != "projected" and not _square(own + case.prefix):
+    fits = any(h * w == own and h * case.latent[2] == w * case.latent[1] for h in range(1, 5) for w in range(1, 5))
+    if case.settings["projector"] == "conv" and case.route != "projected" and (case.prefix or not fits):
         return True
-    return own != tokens and not (_square(tokens) and _square(own))
-
-
-def _square(count: int) -> bool:
-    return math.isqrt(count) ** 2 == count
+    return own != tokens and not fits
 
 
 def _tensors(batch: dict[str, Any]) -> list[Tensor]:

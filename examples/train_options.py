@@ -1,8 +1,10 @@
 """Options of the example: dataclass defaults < YAML recipe < what the method means < command line."""
 
 import argparse
+import math
+import os
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -10,9 +12,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from vrpo_plugin import ConfigError, VRPOConfig
 from vrpo_plugin.config import check_keys
 from vrpo_plugin.errors import explain
+from vrpo_plugin.evaluation.protocol import EvalProtocol
+from vrpo_plugin.targets import SMALL
 
 DIGITS_RECIPE = Path(__file__).parent / "recipes" / "digits.yaml"
 
+EVAL_SEED = 1  # of the evaluated samples' noise; the grids have another
 ENCODER_PREFIX = "encoder-"  # of the file in the run's folder that keeps a small encoder
 
 # What makes a run this method; everything else of the objective stays adjustable.
@@ -68,7 +73,7 @@ class TrainOptions:
     adam_epsilon: float = _option(1e-8, "")
     max_grad_norm: float = _option(1.0, "gradient-norm clipping; the critic is clipped by itself")
     max_skipped_steps: int = _option(100, "steps in a row that may be left out as their gradients are not finite")
-    mixed_precision: Literal["no", "fp16", "bf16"] = _option("no", "")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(None, "None: what accelerate launch says, else no")
     allow_tf32: bool = _option(False, "TF32 matrix products on Ampere and later")
     ema_decay: float = _option(0.9999, "with a warm-up, min(decay, (1 + step) / (10 + step))")
     seed: int = _option(0, "of everything random")
@@ -91,16 +96,74 @@ class TrainOptions:
     guidance_high: float = _option(1.0, "guidance up to this t")
 
     def __post_init__(self) -> None:
-        positive = ("batch_size", "max_train_steps", "gradient_accumulation_steps", "learning_rate", "resolution")
-        for name in (*positive, "checkpointing_steps", "flush_steps", "solver_steps", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(explain(name, expected="> 0", got=getattr(self, name), do="Correct it."))
+        self._check_kinds()
+        counts = ("batch_size", "max_train_steps", "gradient_accumulation_steps", "resolution", "encoder_depth")
+        counts_of_output = ("checkpointing_steps", "keep_last", "flush_steps", "solver_steps")
+        rates = ("learning_rate", "critic_learning_rate", "max_grad_norm", "adam_epsilon")
+        for name in (*counts, *counts_of_output, *rates):
+            self._check(name, lambda value: value > 0, "> 0")
+        for name in ("sampling_steps", "num_workers", "max_skipped_steps", "adam_weight_decay", "seed"):
+            self._check(name, lambda value: value >= 0, ">= 0")
+        for name in ("flip_prob", "cfg_prob", "ema_decay"):
+            self._check(name, lambda value: 0 <= value <= 1, "in [0, 1]")
+        for name in ("adam_beta1", "adam_beta2"):
+            self._check(name, lambda value: 0 <= value < 1, "in [0, 1)")
+        self._check("cfg_scale", lambda value: value >= 1, ">= 1, which is no guidance")
+        if not 0 <= self.guidance_low <= self.guidance_high <= 1:
+            got = f"{self.guidance_low} and {self.guidance_high}"
+            expected = "0 <= guidance_low <= guidance_high <= 1"
+            raise ConfigError(explain("guidance_low, guidance_high", expected=expected, got=got, do="Correct them."))
+        if self.cfg_scale > 1 and self.cfg_prob == 0:
+            do = "Take --cfg-scale 1, or train some samples without label."
+            raise ConfigError(explain("cfg_prob", expected=f"> 0 with cfg_scale={self.cfg_scale}", got=0, do=do))
+        neighbours = EvalProtocol.k
+        self._check("eval_samples", lambda value: value == 0 or value > neighbours, f"0, or more than {neighbours}")
+        if self.eval_checkpoint is not None and self.eval_network == SMALL:
+            do = "Name the network that the file belongs to as --eval-network."
+            raise ConfigError(
+                explain("eval_checkpoint", expected=f"None with {SMALL}", got=self.eval_checkpoint, do=do)
+            )
         if self.resume_step is not None and (self.resume_step < 1 or not self.resume):
             got = f"{self.resume_step} {'with' if self.resume else 'without'} --resume"
             raise ConfigError(explain("resume_step", expected=">= 1, with --resume", got=got, do="Correct it."))
-        for name in ("sampling_steps", "eval_samples", "num_workers", "seed", "max_skipped_steps"):
-            if getattr(self, name) < 0:
-                raise ConfigError(explain(name, expected=">= 0", got=getattr(self, name), do="Correct it."))
+
+    def _check_kinds(self) -> None:
+        """Of every value, wherever it comes from: None and NaN pass no comparison, or every one."""
+        for name, hint in get_type_hints(type(self)).items():
+            value, kinds = getattr(self, name), _alternatives(hint)
+            choices = [c for kind in kinds if get_origin(kind) is Literal for c in get_args(kind)]
+            if value is None and type(None) in kinds:
+                continue
+            if choices:
+                right, expected = value in choices, f"one of {', '.join(choices)}"
+            else:
+                kind = next(kind for kind in kinds if kind in (bool, int, float, str))
+                numbers = (int, float) if kind is float else kind
+                right = isinstance(value, numbers) and isinstance(value, bool) == (kind is bool)
+                right = right and not (kind is float and not math.isfinite(value))
+                expected = "a finite number" if kind is float else kind.__name__
+            if not right:
+                raise ConfigError(explain(name, expected=expected, got=repr(value), do="Correct it."))
+
+    def _check(self, name: str, holds: Callable[[Any], bool], expected: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not holds(value):
+            raise ConfigError(explain(name, expected=expected, got=value, do="Correct it."))
+
+    def protocol(self, feature_network: str, num_reference: int, reference: str = "") -> EvalProtocol:
+        """What the evaluation at the end of the run will have done."""
+        return EvalProtocol(
+            solver=self.solver,
+            num_steps=self.solver_steps,
+            num_samples=self.eval_samples,
+            feature_network=feature_network,
+            reference=reference,
+            num_reference=num_reference,
+            guidance_scale=self.cfg_scale,
+            guidance_interval=(self.guidance_low, self.guidance_high),
+            ema=self.ema_decay,
+            seed=EVAL_SEED,
+        )
 
     @property
     def run_name(self) -> str:
@@ -152,14 +215,40 @@ def parse_options(argv: Sequence[str] | None = None) -> tuple[TrainOptions, VRPO
     method = given.get("method", values.get("method", TrainOptions.method))
     if method not in METHODS:
         raise ConfigError(explain("method", expected=f"one of {tuple(METHODS)}", got=method, do="Choose one."))
+    # A method on the command line is what a recipe of another one becomes; beside it, nothing may contradict it.
+    _check_method(method, given if "method" in given else {**values, **given})
     values = {**values, **METHODS[method], **given}
+    values["mixed_precision"] = _mixed_precision(values.get("mixed_precision"))
     options = TrainOptions(**{k: v for k, v in values.items() if k in own})
     config = VRPOConfig(**{k: v for k, v in values.items() if k not in own}).for_run(options.max_train_steps)
+    if method == "vrpo" and config.reward_coeff == 0:
+        do = "Take --method repa, irepa or none for a run without rewards."
+        raise ConfigError(explain("reward_coeff", expected="> 0 with method vrpo", got=config.reward_coeff, do=do))
+    if options.encoder_depth is not None and config.layers != "early":
+        do = "Leave one of the two out."
+        raise ConfigError(explain("layers", expected="early with encoder_depth", got=repr(config.layers), do=do))
     for name, value in {"features": "host", "group": "image"}.items():
         if getattr(config, name) == value:
             do = "That setting is for loops that bring a loss, or several draws of one image, of their own."
             raise ConfigError(explain(name, expected=f"not {value!r} in this trainer", got=repr(value), do=do))
     return options, config
+
+
+def _check_method(method: str, given: Mapping[str, Any]) -> None:
+    for name, value in METHODS[method].items():
+        if given.get(name, value) != value:
+            do = "Leave it out, or take --method vrpo."
+            raise ConfigError(explain(name, expected=f"{value!r} with method {method}", got=repr(given[name]), do=do))
+
+
+def _mixed_precision(option: Any) -> Any:
+    """The option, or what ``accelerate launch`` was told: it says "no" where it was told nothing."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if option is None or launched in ("no", option):
+        return launched if option is None else option
+    do = "Say it in one of the two places."
+    expected = f"{launched}, as accelerate launch says"
+    raise ConfigError(explain("mixed_precision", expected=expected, got=repr(option), do=do))
 
 
 def read_recipe(path: str) -> dict[str, Any]:
@@ -186,9 +275,7 @@ def read_recipe(path: str) -> dict[str, Any]:
                 values[key] = float(value)  # YAML 1.1 reads 1e-4 as a string
             except ValueError as error:
                 raise ConfigError(explain(f"{path}: {key}", expected="a number", got=repr(value), do="")) from error
-        elif (
-            plain is not None and value is not None and type(value) is not plain and not isinstance(value, (list, dict))
-        ):
+        elif plain is not None and value is not None and type(value) is not plain:
             raise ConfigError(
                 explain(f"{path}: {key}", expected=plain.__name__, got=repr(value), do="Correct the recipe.")
             )

@@ -1,5 +1,6 @@
 """The run's folder: config.json, metrics.jsonl, curves.png, samples/, checkpoints/."""
 
+import hashlib
 import json
 import math
 import sys
@@ -116,6 +117,15 @@ class RunFolder:
         """Writes a checkpoint."""
         return save_checkpoint(self.path / "checkpoints", step, tensors, state, keep_last=self.options.keep_last)
 
+    def write_evaluation(self, result: EvalResult) -> Path:
+        """Writes evaluation.json, or where that is of another protocol, a file named after this one."""
+        path = self.path / "evaluation.json"
+        if path.exists() and not _has_protocol(path, result.protocol):
+            digest = hashlib.sha256(json.dumps(result.protocol.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
+            path = self.path / f"evaluation-{result.protocol.name}-{digest}.json"
+        write_text_atomic(path, result.to_json() + "\n")
+        return path
+
     def draw_curves(self) -> None:
         """Plots metrics.jsonl."""
         import matplotlib
@@ -144,6 +154,13 @@ class RunFolder:
         figure.savefig(temporary, dpi=110)
         plt.close(figure)
         temporary.replace(self.path / "curves.png")
+
+
+def _has_protocol(path: Path, protocol: EvalProtocol) -> bool:
+    try:
+        return EvalResult.from_json(path.read_text(encoding="utf-8")).protocol == protocol
+    except ConfigError:  # of another version: not ours to replace
+        return False
 
 
 class MetricBuffer:
@@ -233,6 +250,18 @@ class Painter:
         device: torch.device,
     ) -> None:
         self.options, self.config, self.source, self.decode, self.device = options, config, source, decode, device
+        self._network: Any = None
+
+    def load_network(self) -> None:
+        """Reads a named evaluation network now: its file may be missing, and the run may be long."""
+        options = self.options
+        if options.eval_samples and options.eval_network != SMALL:
+            from vrpo_plugin.evaluation.features import timm_features
+
+            resolution = self.source.image_shape[-1]
+            self._network = timm_features(
+                options.eval_network, resolution=resolution, checkpoint=options.eval_checkpoint
+            )
 
     def images(self, model: SiT, count: int, seed: int, batch_size: int = 256) -> Tensor:
         """uint8 images (count, C, H, W) of evenly spread labels, the same noise on every call."""
@@ -285,23 +314,9 @@ class Painter:
                 real, labels, seed=JUDGE_SEED, architecture="plain", width=24, device=self.device
             )
         else:
-            from vrpo_plugin.evaluation.features import timm_features
-
-            network = timm_features(
-                options.eval_network,
-                resolution=self.source.image_shape[-1],
-                checkpoint=options.eval_checkpoint,
-                device=self.device,
-            )
-        protocol = EvalProtocol(
-            solver=options.solver,
-            num_steps=options.solver_steps,
-            num_samples=options.eval_samples,
-            feature_network=network.name,
-            reference=f"training images {self.source.fingerprint()}",
-            num_reference=len(real),
-            guidance_scale=options.cfg_scale,
-            guidance_interval=(options.guidance_low, options.guidance_high),
-            ema=options.ema_decay,
-        )
-        return evaluate(network, real, self.images(model, options.eval_samples, seed=1), protocol)
+            if self._network is None:
+                self.load_network()
+            network = self._network
+            network.encoder.to(self.device)
+        protocol = options.protocol(network.name, len(real), f"training images {self.source.fingerprint()}")
+        return evaluate(network, real, self.images(model, protocol.num_samples, protocol.seed), protocol)

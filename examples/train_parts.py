@@ -1,20 +1,29 @@
 """What the example trains with: encoder, model with aligner, training step, optimizer, EMA, loader."""
 
 import copy
+import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from train_options import ENCODER_PREFIX, TrainOptions
 
 from vrpo_plugin import ConfigError, VRPOAligner, VRPOConfig
 from vrpo_plugin.errors import explain
+from vrpo_plugin.evaluation.protocol import EvalProtocol
 from vrpo_plugin.functional.interpolant import PathType, noisy_sample
 from vrpo_plugin.functional.tensors import finite_samples
 from vrpo_plugin.reference.data import LATENTS_SCALE, PositionBatchSampler, TrainingSamples
@@ -31,11 +40,15 @@ def use_deterministic_kernels() -> None:
 
 
 def check_launch(accelerator: Accelerator) -> None:
-    """Refuses the ways of sharding that this loop was not written for.
+    """Refuses what ``accelerate launch`` was told and this loop was not written for.
 
     Raises:
-        ConfigError: DeepSpeed, Megatron-LM, or FSDP before its second version.
+        ConfigError: DeepSpeed, Megatron-LM, FSDP before its second version, or accumulation.
     """
+    if (steps := getattr(accelerator, "gradient_accumulation_steps", 1)) != 1:
+        # Accelerate would divide the loss by it a second time.
+        do = "Give --gradient-accumulation-steps to this script instead."
+        raise ConfigError(explain("accelerate launch: gradient_accumulation_steps", expected=1, got=steps, do=do))
     kind = accelerator.distributed_type
     # By name, for the enumeration differs from version to version of accelerate.
     if kind.value in ("DEEPSPEED", "MEGATRON_LM") or (
@@ -49,6 +62,46 @@ def check_launch(accelerator: Accelerator) -> None:
                 do="Choose another distributed_type in the accelerate configuration.",
             )
         )
+
+
+def check_tools(options: TrainOptions) -> None:
+    """Refuses what needs a package that is not installed; accelerate would leave a tracker out without a word.
+
+    Raises:
+        ConfigError: a package is missing, or there is no such tracker.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    trackers = [str(tracker) for tracker in get_available_trackers()]
+    if options.report_to not in ("none", "all", *trackers):
+        known = options.report_to in map(str, LOGGER_TYPE_TO_CLASS)
+        do = f"pip install {options.report_to}." if known else "Correct it."
+        expected = f"none, or a tracker that is installed ({', '.join(trackers) or 'none is'})"
+        raise ConfigError(explain("report_to", expected=expected, got=repr(options.report_to), do=do))
+    needed = {"matplotlib": options.sampling_steps, "PIL": options.sampling_steps, "scipy": options.eval_samples}
+    missing = [name for name, used in needed.items() if used and importlib.util.find_spec(name) is None]
+    if missing:
+        do = "pip install 'vrpo-plugin[examples]', or --sampling-steps 0 --eval-samples 0."
+        raise ConfigError(explain("grids and evaluation", expected="their packages", got=f"no {missing}", do=do))
+
+
+def check_data(options: TrainOptions, source: Source, processes: int) -> None:
+    """Refuses options that do not fit the data, before anything is written or trained.
+
+    Raises:
+        ConfigError: flips of cached latents, oblong images, too few of them, or a batch that cannot be shared out.
+    """
+    PositionBatchSampler(batch_size=options.batch_size, num_batches=1, world_size=processes)
+    cached = source.latent_shape != source.image_shape
+    if cached and options.flip_prob:
+        do = "Encode flipped images too, as REPA does, and leave --flip-prob out."
+        raise ConfigError(explain("flip_prob", expected="0 with cached latents", got=options.flip_prob, do=do))
+    for shape in (source.image_shape, source.latent_shape):
+        if shape[-1] != shape[-2]:
+            raise ConfigError(explain("data", expected="square images", got=shape, do="Crop them beforehand."))
+    if options.eval_samples and len(source) <= EvalProtocol.k:
+        do = "Add images, or take --eval-samples 0."
+        raise ConfigError(explain("data", expected=f"more than {EvalProtocol.k} images", got=len(source), do=do))
 
 
 def build_targets(options: TrainOptions, source: Source, folder: Path, accelerator: Accelerator) -> Targets:
@@ -140,7 +193,8 @@ class TrainingStep(nn.Module):
 
     def forward(self, batch: dict[str, Tensor], z: tuple[Tensor, ...], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         x_t, target = noisy_sample(batch["x0"], batch["noise"], batch["t"], self.path_type)
-        velocity = self.model(x_t, batch["t"], batch["y"], force_drop_ids=batch["drop"])
+        drop = None if self.model.null_label is None else batch["drop"]  # no label is ever dropped
+        velocity = self.model(x_t, batch["t"], batch["y"], force_drop_ids=drop)
         denoising_loss = (velocity.float() - target).square().mean()
         metrics = {"denoising_loss": denoising_loss.detach()}
         metrics["nonfinite/x0"] = (~finite_samples(batch["x0"])).sum().float()
@@ -174,7 +228,8 @@ def build_optimizer(options: TrainOptions, model: SiT) -> torch.optim.AdamW:
     main, critic = parameter_groups(model)
     groups: list[dict[str, Any]] = [{"params": main, "lr": options.learning_rate}]
     if critic:
-        groups.append({"params": critic, "lr": options.critic_learning_rate or options.learning_rate})
+        own = options.critic_learning_rate
+        groups.append({"params": critic, "lr": options.learning_rate if own is None else own})
     return torch.optim.AdamW(
         groups,
         betas=(options.adam_beta1, options.adam_beta2),
@@ -182,6 +237,30 @@ def build_optimizer(options: TrainOptions, model: SiT) -> torch.optim.AdamW:
         eps=options.adam_epsilon,
         fused=True,  # so that a step that is not finite can be left out on the device
     )
+
+
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def whole_states(model: SiT, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint holds of the two, gathered from all shards: on the first process; the others get parts."""
+    state: dict[str, Any] = get_model_state_dict(model, options=FULL)
+    moments: Any = get_optimizer_state_dict(model, optimizer, options=FULL).get("state", {})
+    named: dict[str, Any] = {f"{name}/{k}": v for name, own in moments.items() for k, v in own.items()}
+    return {"model": state, "optimizer": named}
+
+
+def load_states(model: SiT, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Puts back what :func:`whole_states` gave, on every process, whatever the number of processes was."""
+    set_model_state_dict(model, dict(tensors["model"]), options=FULL)
+    # The settings of the parameter groups come from the options, the moments from the checkpoint. Not by FULL: it
+    # gives them to the first process alone.
+    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
+    moments: dict[str, Any] = {}
+    for key, value in tensors["optimizer"].items():
+        name, _, moment = key.rpartition("/")
+        moments.setdefault(name, {})[moment] = value
+    set_optimizer_state_dict(model, optimizer, {"state": moments, "param_groups": groups}, options=FULL)
 
 
 def build_loader(

@@ -14,13 +14,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from train_options import TrainOptions, parse_options, to_dict
@@ -33,18 +26,20 @@ from train_parts import (
     build_model,
     build_optimizer,
     build_targets,
+    check_data,
     check_launch,
+    check_tools,
     describe,
     ema_decay,
+    load_states,
     parameter_groups,
     update_ema,
     use_deterministic_kernels,
+    whole_states,
 )
 
 from vrpo_plugin import NonFiniteGuard, VRPOConfig, VRPOError
 from vrpo_plugin.reference.sources import Source, open_source
-
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class Trainer:
@@ -60,6 +55,7 @@ class Trainer:
         self.options, self.config, self.accelerator = options, config, accelerator
         device = accelerator.device
         self.source: Source = open_source(options.data_dir, options.resolution)
+        check_data(options, self.source, accelerator.num_processes)
         self.folder = RunFolder(options, config, to_dict(options, config), self.source.fingerprint())
         decode = build_decoder(options, self.source, device)
         accelerator.wait_for_everyone()  # every process has looked before the first one writes
@@ -75,6 +71,8 @@ class Trainer:
         self.clip_groups = parameter_groups(self.model)
         self.guard = NonFiniteGuard(self.optimizer.optimizer, self.model, scaler=accelerator.scaler)
         self.painter = Painter(options, config, self.source, decode, device) if decode else None
+        if self.painter is not None and accelerator.is_main_process:
+            self.painter.load_network()
         self.metrics = MetricBuffer(accelerator)
         self.skipped, self.fallback = SkippedSteps(options.max_skipped_steps), FallbackNotice()
         self.step = 0
@@ -87,16 +85,8 @@ class Trainer:
                 self.folder.cut_metrics(0)  # of a run that was killed before its first checkpoint
             return
         tensors, state = found
-        set_model_state_dict(self.model, dict(tensors["model"]), options=FULL)
         self.ema.load_state_dict(tensors["ema"])
-        # The settings of the parameter groups come from the options, the moments from the checkpoint.
-        optimizer: dict[str, Any] = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=FULL)
-        moments: dict[str, Any] = {}
-        for key, value in tensors["optimizer"].items():
-            name, _, moment = key.rpartition("/")
-            moments.setdefault(name, {})[moment] = value
-        optimizer["state"] = moments
-        set_optimizer_state_dict(self.model, self.optimizer.optimizer, optimizer, options=FULL)
+        load_states(self.model, self.optimizer.optimizer, tensors)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
@@ -107,14 +97,11 @@ class Trainer:
     def save(self) -> None:
         """Writes a checkpoint of all that the next step depends on; randomness depends on the step alone."""
         self._flush()
-        model = get_model_state_dict(self.model, options=FULL)
-        optimizer: dict[str, Any] = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=FULL)
+        tensors = whole_states(self.model, self.optimizer.optimizer)
         if self.accelerator.is_main_process:
-            moments = {f"{name}/{k}": v for name, state in optimizer["state"].items() for k, v in state.items()}
             scaler = self.accelerator.scaler
             scalars = {"step": self.step, "scaler": None if scaler is None else scaler.state_dict()}
-            tensors = {"model": model, "ema": self.ema.state_dict(), "optimizer": moments}
-            self.folder.save(self.step, tensors, scalars)
+            self.folder.save(self.step, {**tensors, "ema": self.ema.state_dict()}, scalars)
         self.accelerator.wait_for_everyone()
 
     def train(self) -> None:
@@ -200,7 +187,7 @@ class Trainer:
     def _evaluate(self) -> None:
         assert self.painter is not None  # build_decoder has refused otherwise
         result = self.painter.evaluate(self.ema)
-        (self.folder.path / "evaluation.json").write_text(result.to_json() + "\n", encoding="utf-8")
+        self.folder.write_evaluation(result)
         print(
             f"{self.options.method}: Frechet distance {result.frechet_distance:.3f}, "
             f"precision {result.precision:.3f}, recall {result.recall:.3f} "
@@ -214,6 +201,7 @@ def main(argv: list[str] | None = None) -> None:
         options, config = parse_options(argv)
         if options.deterministic:
             use_deterministic_kernels()
+        check_tools(options)
         accelerator = Accelerator(
             mixed_precision=options.mixed_precision,
             log_with=None if options.report_to == "none" else options.report_to,

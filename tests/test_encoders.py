@@ -1,6 +1,7 @@
 """Frozen encoders: preprocessing and tokens against the formulas written out here, loading, and errors."""
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -357,3 +358,36 @@ def test_pickled_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(CheckpointError):
         load_encoder("test_vit", resolution=32, checkpoint="bomb.pt")
     assert not Path("exploded").exists()
+
+
+@pytest.mark.parametrize("value", [127.0, -3.0, float("inf")])
+def test_a_later_float_batch_out_of_range(value: float) -> None:
+    encoder = load_encoder("test_vit", resolution=32, pretrained=False)
+    encoder(torch.rand(1, 3, 32, 32) * 2 - 1)
+    images = torch.full((1, 3, 32, 32), value)
+    if math.isfinite(value):
+        with pytest.raises(DataError, match=r"expected floats in \[-1, 1\], got values from"):
+            encoder(images)
+    else:  # what is not finite leaves out its sample
+        encoder(images)
+
+
+def test_pixels_from_0_to_1_are_warned_of_once(recwarn: pytest.WarningsRecorder) -> None:
+    encoder = load_encoder("test_vit", resolution=32, pretrained=False)
+    recwarn.clear()
+    for _ in range(2):
+        encoder(torch.rand(1, 3, 32, 32))
+    assert len([w for w in recwarn if "If these are pixels in [0, 1]" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("name", ["coat_mini", "crossvit_tiny_240", "pit_ti_224", "halonet26t"])
+def test_a_network_whose_features_are_no_grid_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"encoder '{name}': expected a square grid of tokens, or a feature map"):
+        load_encoder(name, resolution=64, pretrained=False)
+
+
+def test_features_of_another_layout_are_refused() -> None:
+    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, img_size=64)
+    model.output_fmt = "NCHW"  # its channels stand last all the same
+    with pytest.raises(ConfigError, match=r"of which 768 are channels"):
+        FrozenEncoder(model, "odd", 64)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
-from vrpo_plugin.errors import CheckpointError, ConfigError, ShapeError, WeightsNotFoundError
+from vrpo_plugin.errors import CheckpointError, ConfigError, DataError, ShapeError, WeightsNotFoundError
 from vrpo_plugin.functional.rewards import RewardState
 from vrpo_plugin.perceptual import LPIPSReward
 
@@ -292,3 +292,55 @@ def test_latents_without_a_decoder(reward: LPIPSReward) -> None:
     latents = images(1, channels=4)
     with pytest.raises(ShapeError, match="decode="):
         reward(state_of(latents, latents))
+
+
+def test_a_position_without_length_does_not_outweigh_the_others(reward: LPIPSReward) -> None:
+    channels = [lin.model[-1].in_channels for lin in reward._lpips.lins]
+    signs = [torch.ones(c, 1, 1).index_fill(0, torch.arange(0, c, 2), -1.0) for c in channels]
+    reward._features = lambda x: tuple(x[:, :1] * sign + x[:, 1:2] for sign in signs)  # type: ignore[method-assign]
+    x0, x0_hat = images(2), images(2, seed=1)
+    x0_hat[0, :, 3, 3] *= 1e-9
+    x0_hat.requires_grad_()
+    reward(state_of(x0_hat, x0))[0].sum().backward()
+    assert x0_hat.grad is not None and x0_hat.grad[0, :, 3, 3].norm() < 0.5 * x0_hat.grad.norm()
+
+
+WRONG = {
+    "0 to 255": lambda x: (x + 1) * 127.5,
+    "normalised twice": lambda x: 2 * x - 1,
+    "normalised by mean and deviation, twice": lambda x: 5 * x,
+}
+
+
+@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("calls_before", [0, 2])
+@pytest.mark.parametrize("decoded", [False, True])
+def test_pixels_of_another_range_are_refused(
+    reward: LPIPSReward, change: Any, calls_before: int, decoded: bool
+) -> None:
+    for _ in range(calls_before):
+        reward(state_of(images(2), images(2, seed=1)))
+    x0 = images(2, seed=1)
+    if decoded:
+        reward.decode = change
+    else:
+        x0 = change(x0)
+    with pytest.raises(DataError, match=r"LPIPSReward: expected floats in \[-1, 1\], got values from"):
+        reward(state_of(images(2), x0))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_whole_numbers_are_refused(reward: LPIPSReward, dtype: torch.dtype) -> None:
+    with pytest.raises(ShapeError, match="expected floating pixels"):
+        reward(state_of(images(2), images(2).to(dtype)))
+
+
+def test_an_estimate_may_leave_the_range(reward: LPIPSReward) -> None:
+    values, _ = reward(state_of(images(2) * 10, images(2, seed=1)))
+    assert values.isfinite().all()
+
+
+def test_pixels_from_0_to_1_are_warned_of_once(reward: LPIPSReward, recwarn: pytest.WarningsRecorder) -> None:
+    for _ in range(2):
+        reward(state_of(images(2).abs(), images(2, seed=1).abs()))
+    assert len([w for w in recwarn if "If these are pixels in [0, 1]" in str(w.message)]) == 1

@@ -73,6 +73,40 @@ def test_bad_settings_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"learning_rate": float("nan")}, "learning_rate: expected > 0"),
+        ({"learning_rate": float("inf")}, "learning_rate: expected > 0"),
+        ({"num_workers": -1}, "num_workers >= 0, critic_width >= 4, got -1 and 16"),
+        ({"critic_width": 2}, "num_workers >= 0, critic_width >= 4, got 0 and 2"),
+    ],
+)
+def test_settings_that_would_fail_later(changed: dict, message: str, tmp_path: Path) -> None:
+    settings = {"resolution": 8, "enc_type": "small", "critic_width": 16, "num_workers": 0, "steps": 1, **changed}
+    with pytest.raises(ConfigError, match=message):
+        train_critic(CriticTraining(output=str(tmp_path / "critic.safetensors"), **settings))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    output = tmp_path / "file" / "critic.safetensors"
+    settings = {"resolution": 8, "enc_type": "small", "critic_width": 16, "num_workers": 0, "steps": 10**9}
+    with pytest.raises(ConfigError, match="expected a file in a folder that can be written"):
+        train_critic(CriticTraining(output=str(output), **settings))
+
+
+def test_an_encoder_of_other_images_is_not_taken_by_chance(trained: Path, tmp_path: Path) -> None:
+    encoder = trained.with_suffix(".encoder.safetensors")
+    left = tmp_path / "critic.encoder.safetensors"
+    left.write_bytes(encoder.read_bytes())
+    with pytest.raises(SystemExit, match="got an encoder of an earlier run"):
+        main(["train-critic", "--output", str(tmp_path / "critic.safetensors"), "--steps", "1", *OPTIONS])
+    chosen = ["--enc-checkpoint", str(left)]
+    main(["train-critic", "--output", str(tmp_path / "critic.safetensors"), "--steps", "1", *OPTIONS, *chosen])
+
+
 @pytest.mark.slow
 def test_repa_latents_train_a_critic(tmp_path: Path) -> None:
     import numpy as np

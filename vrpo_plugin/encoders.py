@@ -13,14 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from vrpo_plugin.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    ShapeError,
-    WeightsNotFoundError,
-    explain,
-)
+from vrpo_plugin.errors import CheckpointError, ConfigError, ShapeError, WeightsNotFoundError, explain
+from vrpo_plugin.functional.tensors import require_pixels
 
 _SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
 REPA_ENCODERS = {f"dinov2-vit-{k}": f"vit_{v}_patch14_dinov2.lvd142m" for k, v in _SIZES.items()} | {
@@ -66,7 +60,12 @@ class FrozenEncoder:
         self._range_checked = False
         with torch.no_grad():
             blank = reference.new_zeros(1, 3, input_size, input_size)
-            _, self.dim, *own_grid = self._feature_map(model.forward_features(blank)).shape
+            try:
+                features = model.forward_features(blank)
+            except Exception as error:  # whatever a network raises that has no way to see this size
+                got = f"{type(error).__name__} at {input_size} x {input_size} pixels: {str(error)[:200]}"
+                raise _unsupported(name, got) from error
+            _, self.dim, *own_grid = self._feature_map(features).shape
         self.grid = tuple(token_grid or own_grid)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "FrozenEncoder":
@@ -84,7 +83,7 @@ class FrozenEncoder:
 
         Args:
             images: (B, 3, H, H), or (B, 1, H, H) repeated to three channels; uint8 in [0, 255] or floating
-                in [-1, 1]. A float batch is checked for its range once, at the first call.
+                in [-1, 1]. On a device, the first float batch alone is checked for its range.
 
         Returns:
             Tokens (B, N, D) in float32, row by row, without class and register tokens. Under autocast the
@@ -92,7 +91,7 @@ class FrozenEncoder:
 
         Raises:
             ShapeError: wrong number of dimensions or channels, not square, or an integer dtype but uint8.
-            DataError: the first float batch leaves [-1, 1] by far.
+            DataError: a float batch leaves [-1, 1] by far.
         """
         pixels = self.preprocess(images).to(next(self.model.parameters()).dtype)
         features = self._feature_map(self.model.forward_features(pixels)).float()
@@ -106,39 +105,34 @@ class FrozenEncoder:
         if images.dtype == torch.uint8:
             unit = images.float() / 255
         else:
-            self._check_range(images)
+            require_pixels("images", images, first=not self._range_checked)
+            self._range_checked = True
             unit = (images.float() + 1) / 2
         pixels = (unit - self._mean) / self._std  # one channel becomes three here
         if pixels.shape[-1] != self.input_size:
             pixels = F.interpolate(pixels, self.input_size, mode="bicubic")
         return pixels
 
-    def _check_range(self, images: Tensor) -> None:
-        # Once only: reading the value back would stall the device on every step.
-        if self._range_checked or not images.numel():
-            return
-        self._range_checked = True
-        largest = images.abs().amax().item()
-        if not largest <= 2:
-            raise DataError(
-                explain(
-                    "images",
-                    expected="floats in [-1, 1]",
-                    got=f"values up to {largest:g}",
-                    do="Pass uint8 images as they are, or scale floats with x / 127.5 - 1.",
-                )
-            )
-
-    def _feature_map(self, features: Tensor) -> Tensor:
+    def _feature_map(self, features: Any) -> Tensor:
         """What ``forward_features`` returned, as (B, D, h, w)."""
+        if not isinstance(features, Tensor):
+            raise _unsupported(self.name, f"a {type(features).__name__}")
+        shape = tuple(features.shape)
         if features.ndim == 4:
             last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
-            return rearrange(features, "b h w d -> b d h w") if last else features
-        tokens = features[:, getattr(self.model, "num_prefix_tokens", 0) :]
-        side = math.isqrt(tokens.shape[1])
-        if tokens.ndim != 3 or side * side != tokens.shape[1]:
-            raise _unsupported(self.name, f"features {tuple(features.shape)}")
-        return rearrange(tokens, "b (h w) d -> b d h w", h=side)
+            maps = rearrange(features, "b h w d -> b d h w") if last else features
+        else:
+            tokens = features[:, getattr(self.model, "num_prefix_tokens", 0) :]
+            side = math.isqrt(tokens.shape[1])
+            # One token, where the network divides the image by less than its side, is a class token.
+            strides = [stage["reduction"] for stage in getattr(self.model, "feature_info", ())]
+            pooled = side == 1 and self.input_size // max(strides, default=1) > 1
+            if tokens.ndim != 3 or side * side != tokens.shape[1] or pooled:
+                raise _unsupported(self.name, f"features {shape}")
+            maps = rearrange(tokens, "b (h w) d -> b d h w", h=side)
+        if min(maps.shape) < 1 or maps.shape[1] != getattr(self.model, "num_features", maps.shape[1]):
+            raise _unsupported(self.name, f"features {shape}, of which {self.model.num_features} are channels")
+        return maps
 
 
 class FrozenEncoders:

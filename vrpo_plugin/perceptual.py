@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vrpo_plugin.errors import CheckpointError, ConfigError, ShapeError, WeightsNotFoundError, explain
 from vrpo_plugin.functional.rewards import RewardState
+from vrpo_plugin.functional.tensors import directions, require_pixels
 
 LPIPSNet = Literal["alex", "vgg", "squeeze"]
 
@@ -67,6 +68,7 @@ class LPIPSReward:
         self.decode = decode
         self.max_samples = max_samples
         self.every = every
+        self._range_checked = False
         # Looked up first: building vgg takes seconds, and a missing file should not.
         file = _backbone_file(net, backbone_checkpoint) if pretrained or backbone_checkpoint else None
         self._lpips: Any = _build(net, file).to(device)
@@ -91,7 +93,8 @@ class LPIPSReward:
 
         Raises:
             ConfigError: ``every > 1`` and the state has no step.
-            ShapeError: the pixels have not 1 or 3 channels.
+            ShapeError: the pixels are not floating, or have not 1 or 3 channels.
+            DataError: the clean pixels leave [-1, 1] by far; on a device, only the first batch is looked at.
         """
         batch = state.x0.shape[0]
         # The sum over nothing: 0, yet part of x0_hat's graph, as callers expect of a differentiable reward.
@@ -121,29 +124,36 @@ class LPIPSReward:
         return step % self.every == 0
 
     def _distance(self, x0_hat: Tensor, x0: Tensor) -> Tensor:
-        estimate = self._features(x0_hat)
+        estimate = self._features(self._pixels(x0_hat))
         with torch.no_grad():
-            reference = self._features(x0)
+            pixels = self._pixels(x0)
+            # Of the clean ones: an estimate may leave [-1, 1].
+            require_pixels("LPIPSReward", pixels, first=not self._range_checked)
+            self._range_checked = True
+            reference = self._features(pixels)
         total = torch.zeros(len(x0), device=x0.device)
         with torch.autocast(x0.device.type, enabled=False):
             for linear, f, g in zip(self._lpips.lins, estimate, reference, strict=True):
                 # lpips' own normalisation has a NaN gradient where every channel is 0.
-                difference = F.normalize(f, dim=1, eps=1e-10) - F.normalize(g, dim=1, eps=1e-10)
+                difference = directions(f, 1, eps=1e-10) - directions(g, 1, eps=1e-10)
                 total = total + reduce(linear(difference.square()), "b 1 h w -> b", "mean")
         return total
 
-    def _features(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _pixels(self, x: Tensor) -> Tensor:
         pixels = self.decode(x) if self.decode is not None else x
-        if pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
+        if pixels.ndim != 4 or pixels.shape[1] not in (1, 3) or not pixels.is_floating_point():
             raise ShapeError(
                 explain(
                     "LPIPSReward",
-                    expected="pixels (B, 3, H, W) or (B, 1, H, W)",
-                    got=f"{tuple(pixels.shape)}",
+                    expected="floating pixels (B, 3, H, W) or (B, 1, H, W)",
+                    got=f"{tuple(pixels.shape)}, {pixels.dtype}",
                     do="Pass decode=, a function from latents to pixels in [-1, 1].",
                 )
             )
-        with torch.autocast(x.device.type, enabled=False):
+        return pixels
+
+    def _features(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(pixels.device.type, enabled=False):
             pixels = pixels.float()
             scale = _SMALLEST / min(pixels.shape[2:])
             if scale > 1:

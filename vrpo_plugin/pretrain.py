@@ -1,5 +1,7 @@
 """Training a critic beforehand: a host's small learning rate teaches an online critic slowly."""
 
+import math
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from vrpo_plugin.functional.rewards import semantic_reward
 from vrpo_plugin.modules.critic import LatentCritic, save_critic
 from vrpo_plugin.reference.data import PositionBatchSampler, TrainingSamples
 from vrpo_plugin.reference.sources import Source, open_source
-from vrpo_plugin.targets import load_targets
+from vrpo_plugin.targets import SMALL, load_targets
 
 HELD_OUT_EVERY = 20
 
@@ -87,25 +89,25 @@ def train_critic(settings: CriticTraining) -> dict[str, Any]:
     images, the mean cosine in [-1, 1].
 
     Raises:
-        ConfigError: the output file exists, or a setting is out of range.
+        ConfigError: the output file exists, cannot be written, or has an earlier encoder beside it; or a setting is
+            out of range.
         DataError: fewer images than one batch and its held-out part need.
     """
     from accelerate import Accelerator
 
     output = Path(settings.output)
-    if output.exists():
-        raise ConfigError(
-            explain(str(output), expected="a new file", got="an existing one", do="Choose another --output.")
-        )
-    if min(settings.steps, settings.batch_size) < 1 or not settings.learning_rate > 0:
-        raise ConfigError(explain("steps, batch_size, learning_rate", expected="> 0", got=settings, do="Correct them."))
+    cache = output.with_suffix(".encoder.safetensors")
+    _check(settings, output, cache)
     source = open_source(settings.data_dir, settings.resolution)
     if len(source) < 2 * HELD_OUT_EVERY:
         raise DataError(
             explain("data", expected=f"at least {2 * HELD_OUT_EVERY} images", got=len(source), do="Add images.")
         )
     accelerator = Accelerator()
-    cache = output.with_suffix(".encoder.safetensors")
+    _loader(settings, source, accelerator)  # refuses a batch that cannot be shared out
+    accelerator.wait_for_everyone()  # every process has looked before the first one writes
+    if accelerator.is_main_process:
+        _try_to_write(output)
     with accelerator.main_process_first():
         targets = load_targets(
             settings.enc_type, source, checkpoint=settings.enc_checkpoint, cache=cache, device=accelerator.device
@@ -133,10 +135,37 @@ def train_critic(settings: CriticTraining) -> dict[str, Any]:
             bar.set_postfix(train=f"{cosine.item():.3f}", held_out=f"{agreement:.3f}")
     record = {**asdict(settings), "held_out_cosine": agreement, "data_fingerprint": source.fingerprint()}
     if accelerator.is_main_process:
-        output.parent.mkdir(parents=True, exist_ok=True)
         save_critic(critic, output, record=record)
     accelerator.end_training()
     return record
+
+
+def _check(settings: CriticTraining, output: Path, cache: Path) -> None:
+    if output.exists():
+        raise ConfigError(
+            explain(str(output), expected="a new file", got="an existing one", do="Choose another --output.")
+        )
+    if settings.enc_type == SMALL and settings.enc_checkpoint is None and cache.exists():
+        # It may be of other images: a run that was broken off left it.
+        do = "Remove it, or go on with it by --enc-checkpoint."
+        raise ConfigError(explain(str(cache), expected="no file", got="an encoder of an earlier run", do=do))
+    if min(settings.steps, settings.batch_size) < 1 or not 0 < settings.learning_rate < math.inf:
+        raise ConfigError(explain("steps, batch_size, learning_rate", expected="> 0", got=settings, do="Correct them."))
+    if settings.num_workers < 0 or settings.critic_width < 4:
+        got = f"{settings.num_workers} and {settings.critic_width}"
+        expected = "num_workers >= 0, critic_width >= 4"
+        raise ConfigError(explain("num_workers, critic_width", expected=expected, got=got, do="Correct them."))
+
+
+def _try_to_write(output: Path) -> None:
+    """Finds out before the training whether its result can be written."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        expected, do = "a file in a folder that can be written", "Choose another --output."
+        raise ConfigError(explain(str(output), expected=expected, got=error, do=do)) from error
 
 
 def _loader(settings: CriticTraining, source: Source, accelerator: Any) -> DataLoader[dict[str, Tensor]]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vrpo_plugin.encoders import load_encoders
+from vrpo_plugin.errors import ConfigError, explain
 from vrpo_plugin.reference.sources import Source, all_images
 
 SMALL = "small"
@@ -50,8 +51,13 @@ def load_targets(
         device: of the encoder.
 
     Raises:
+        ConfigError: the source's images are no squares, or the small encoder was trained on others.
         ConfigError, WeightsNotFoundError, CheckpointError: as ``load_encoders`` and ``load_small_features``.
     """
+    for name, shape in {"images": source.image_shape, "latents": source.latent_shape}.items():
+        if shape[-1] != shape[-2]:
+            do = "Crop the images before they are encoded."
+            raise ConfigError(explain(name, expected="squares, as the encoders see them", got=shape, do=do))
     if enc_type != SMALL:
         # The grid of a patch-2 transformer: there the tokens of all encoders and of the model meet.
         side = max(1, source.latent_shape[-1] // 2)
@@ -75,5 +81,14 @@ def load_targets(
         if cache is not None:
             cache.parent.mkdir(parents=True, exist_ok=True)
             small.save(cache)
+    if (small.channels, small.resolution, small.resolution) != tuple(source.image_shape):
+        raise ConfigError(
+            explain(
+                "small encoder",
+                expected=f"one of images {tuple(source.image_shape)}",
+                got=(small.channels, small.resolution, small.resolution),
+                do="Pass the file that belongs to this data and resolution, or none.",
+            )
+        )
     small = small.to(device)
     return Targets((small.token_dim,), small.grid, lambda images: (small.tokens(images),))

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,14 @@ def run(output: Path, name: str, *options: str, **kwargs: Any) -> Path:
     result = launch(output, name, *options, **kwargs)
     assert result.returncode == 0, result.stdout + result.stderr
     return output / name
+
+
+def cut(folder: Path, copy: Path, *, step: int) -> Path:
+    """A copy of a run's folder as if it had been killed some steps after the checkpoint of ``step``."""
+    shutil.copytree(folder, copy)
+    for later in (path for path in (copy / "checkpoints").iterdir() if int(path.name) > step):
+        shutil.rmtree(later)
+    return copy
 
 
 def metrics(folder: Path) -> list[dict]:

@@ -16,7 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vrpo_plugin.cli import main as vrpo_main
+from vrpo_plugin.evaluation.protocol import EvalResult, evaluate
 from vrpo_plugin.evaluation.small_training import train_small_features
+from vrpo_plugin.reference.sampler import sample
+from vrpo_plugin.reference.sit import create_sit
 from vrpo_plugin.reference.sources import DigitsSource, all_images
 
 pytestmark = pytest.mark.slow
@@ -83,6 +86,31 @@ def test_killed_run_resumes_bitwise(checkpointing_steps: int, encoder: Path, str
     harness.assert_same(resumed, straight, 12)
 
 
+@pytest.mark.parametrize("options", [(), ("--method", "repa", "--gradient-accumulation-steps", "2")])
+def test_two_processes_resume_bitwise(options: tuple[str, ...], encoder: Path, tmp_path: Path) -> None:
+    whole = harness.run(tmp_path, "whole", *options, processes=2, encoder=encoder)
+    cut = harness.cut(whole, tmp_path / "cut", step=4)
+    resumed = harness.run(cut.parent, "cut", "--resume", *options, processes=2, encoder=encoder)
+    harness.assert_same(resumed, whole, 12)
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 1)])
+def test_another_number_of_processes_goes_on(first: int, second: int, encoder: Path, tmp_path: Path) -> None:
+    fixed = ("--reward-weights", "semantic=0.5,perceptual=0.5", "--group-size", "8")
+    whole = harness.run(tmp_path, "whole", *fixed, processes=first, encoder=encoder)
+    cut = harness.cut(whole, tmp_path / "cut", step=4)
+    resumed = harness.run(cut.parent, "cut", "--resume", *fixed, processes=second, encoder=encoder)
+    # As in test_two_processes_equal_one: the same samples, summed in another order.
+    for a, b in zip(harness.metrics(whole), harness.metrics(resumed), strict=True):
+        for name in ("loss", "denoising_loss", "critic_loss", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), (a["step"], name)
+    ours, theirs = harness.weights(whole, 12), harness.weights(resumed, 12)
+    assert ours.keys() == theirs.keys()
+    # One of Adam's moments is another as soon as a restored one is not there: that is far above these tolerances.
+    for name in [k for k in ours if not re.search(r"\.(statistics|watch)\.", k)]:
+        torch.testing.assert_close(ours[name].float(), theirs[name].float(), rtol=1e-4, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("options", [(), ("--deterministic",)])
 def test_same_seed_twice_is_identical(options: tuple[str, ...], encoder: Path, straight: Path, tmp_path: Path) -> None:
     # On a CPU every kernel here is deterministic anyway: the option must not change a bit, nor find one that is not.
@@ -123,6 +151,78 @@ def test_accumulation_equals_one_batch(encoder: Path, tmp_path: Path) -> None:
     for a, b in zip(harness.metrics(whole), harness.metrics(split), strict=True):
         for name in ("loss", "denoising_loss", "generation_loss", "critic_loss", "grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), (a["step"], name)
+
+
+def test_without_dropped_labels(encoder: Path, tmp_path: Path) -> None:
+    folder = harness.run(tmp_path, "run", "--cfg-prob", "0", "--sampling-steps", "12", encoder=encoder)
+    table = harness.weights(folder, 12)["model/y_embedder.embedding_table.weight"]
+    assert len(table) == 10 and (folder / "samples/0000012.png").exists()
+
+
+def test_accelerate_launch_chooses_the_precision(encoder: Path, tmp_path: Path) -> None:
+    asked = harness.run(tmp_path, "asked", "--mixed-precision", "bf16", encoder=encoder)
+    launched = subprocess.run(
+        [*(command := harness.command(tmp_path, "launched", "--enc-checkpoint", str(encoder)))[:3], "--mixed_precision",
+         "bf16", *command[3:]],
+        env=harness.environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert launched.returncode == 0, launched.stderr
+    harness.assert_same(tmp_path / "launched", asked, 12)
+    settings = json.loads((tmp_path / "launched" / "config.json").read_text())["settings"]
+    assert settings["mixed_precision"] == "bf16"
+
+
+def test_an_evaluation_repeated_from_its_stamp_gives_its_number(encoder: Path, tmp_path: Path) -> None:
+    options = ("--eval-samples", "64", "--solver-steps", "3", "--solver", "heun", "--cfg-scale", "1.5")
+    folder = harness.run(tmp_path, "run", *options, "--max-train-steps", "4", encoder=encoder)
+    first = (folder / "evaluation.json").read_text()
+    result = EvalResult.from_json(first)
+    stamp, source = result.protocol, DigitsSource(8)
+    model = create_sit("SiT-Ti/2", input_size=8, in_channels=1, num_classes=10)
+    model.load_state_dict(load_file(folder / "checkpoints/0000004/ema.safetensors"))
+    shape = (stamp.num_samples, 1, 8, 8)
+    images = sample(
+        model,
+        torch.randn(shape, generator=torch.Generator().manual_seed(stamp.seed)),
+        torch.arange(stamp.num_samples) % 10,
+        num_steps=stamp.num_steps,
+        solver=stamp.solver,
+        guidance_scale=stamp.guidance_scale,
+        guidance_interval=stamp.guidance_interval,
+    )
+    images = images.add(1).mul(127.5).round().clamp(0, 255).byte()
+    real, labels = all_images(source)
+    judge = train_small_features(real, labels, seed=1, architecture="plain", width=24)
+    again = evaluate(judge, real, images, stamp)
+    assert again.frechet_distance == pytest.approx(result.frechet_distance, rel=1e-3)
+    assert (again.precision, again.recall) == pytest.approx((result.precision, result.recall), abs=0.02)
+    # Another protocol on the finished run has a file of its own.
+    resumed = ("--resume", *options, "--max-train-steps", "4")
+    harness.run(tmp_path, "run", *resumed, "--guidance-high", "0.5", encoder=encoder)
+    assert (folder / "evaluation.json").read_text() == first
+    (other,) = folder.glob("evaluation-*.json")
+    assert EvalResult.from_json(other.read_text()).protocol.guidance_interval == (0, 0.5)
+
+
+REFUSED_FIRST = {
+    "a tracker": (("--report-to", "no-such-tracker"), "report_to: expected none, or a tracker"),
+    "a judge": (("--eval-samples", "64", "--eval-network", "no-such-network"), "encoder: expected a model"),
+    "its file": (
+        ("--eval-samples", "64", "--eval-network", "resnet18", "--eval-checkpoint", "absent.pt"),
+        "checkpoint of encoder 'resnet18': expected",
+    ),
+    "guidance": (("--cfg-scale", "0.5"), "cfg_scale: expected >= 1"),
+    "checkpoints": (("--keep-last", "0"), "keep_last: expected > 0"),
+}
+
+
+@pytest.mark.parametrize(("options", "said"), REFUSED_FIRST.values(), ids=REFUSED_FIRST)
+def test_what_is_used_at_the_end_is_checked_first(
+    options: tuple[str, ...], said: str, encoder: Path, tmp_path: Path
+) -> None:
+    result = harness.launch(tmp_path, "run", *options, encoder=encoder)
+    assert result.returncode != 0 and said in result.stderr, result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def _write_digits(folder: Path) -> list[tuple[str, int]]:
@@ -168,6 +268,8 @@ def test_repa_layout_trains_on_cached_latents(tmp_path: Path) -> None:
     options = ["--data-dir", str(tmp_path / "data"), "--resolution", "32", "--enc-type", "small", "--model", "SiT-Ti/2"]
     folder = harness.run(tmp_path, "run", *options, "--max-train-steps", "2")
     assert len(harness.metrics(folder)) == 2
+    flipped = harness.launch(tmp_path, "flipped", *options, "--flip-prob", "0.5")
+    assert "flip_prob: expected 0 with cached latents" in flipped.stderr and not (tmp_path / "flipped").exists()
     without_vae = subprocess.run(
         [*harness.command(tmp_path, "grids", *options), "--sampling-steps", "1"],
         env=harness.environment(), capture_output=True, text=True, timeout=300,

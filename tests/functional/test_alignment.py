@@ -131,3 +131,35 @@ def test_no_host_sync() -> None:
     with FakeTensorMode():
         z = torch.randn(2, 4, 3)
         assert cosine_alignment(spatial_normalize(z), z).shape == (2,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("length", [0.0, 1e-38, 1e-20, 1e-12, 1e-7, 1e-5, 1e-3])
+def test_a_short_token_leaves_the_others_their_gradient(length: float, dtype: torch.dtype) -> None:
+    z_tilde, z = tokens(4, 16, 32, seed=1).float(), tokens(4, 16, 32, seed=2).float()
+    z_tilde[0, 5] *= length / z_tilde[0, 5].norm()
+    z_tilde = z_tilde.to(dtype).requires_grad_()
+    rewards = cosine_alignment(z_tilde, z)
+    rewards.mean().backward()
+    grad = z_tilde.grad.float()
+    assert grad.isfinite().all() and grad[1:].norm() > 0.5 * grad.norm()
+    if length == 0:
+        assert grad[0, 5].eq(0).all()
+        torch.testing.assert_close(rewards[0], cosine_alignment(z_tilde, z)[0])
+
+
+def test_a_token_of_no_length_has_cosine_0_and_gradient_0() -> None:
+    z_tilde, z = tokens(1, 2, 3, seed=1), tokens(1, 2, 3, seed=2)
+    with_zero = torch.cat([z_tilde, torch.zeros(1, 1, 3, dtype=z.dtype)], 1).requires_grad_()
+    rewards = cosine_alignment(with_zero, tokens(1, 3, 3, seed=2))
+    rewards.sum().backward()
+    torch.testing.assert_close(rewards * 3, cosine_alignment(z_tilde, tokens(1, 3, 3, seed=2)[:, :2]) * 2)
+    assert with_zero.grad is not None and with_zero.grad[0, 2].eq(0).all() and with_zero.grad[0, :2].ne(0).all()
+
+
+def test_a_short_target_moves_nothing_far() -> None:
+    z = tokens(2, 8, 16, seed=1)
+    z[0, 3] *= 1e-15
+    z_tilde = tokens(2, 8, 16, seed=2).requires_grad_()
+    cosine_alignment(z_tilde, z).mean().backward()
+    assert z_tilde.grad is not None and z_tilde.grad.abs().max() < 1

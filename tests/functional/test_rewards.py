@@ -148,3 +148,19 @@ def test_no_host_sync() -> None:
         x, z = torch.randn(2, 3, 4, 4), torch.randn(2, 4, 5)
         for rewards in (fidelity_reward(x, x), semantic_reward([z], [z]), feature_distance([x], [x])):
             assert rewards.shape == (2,)
+
+
+@pytest.mark.parametrize("length", [0.0, 1e-30, 1e-9, 1e-6, 1e-4])
+def test_a_short_position_or_token_leaves_the_others_their_gradient(length: float) -> None:
+    f, g = maps(1)[0], maps(11)[0]
+    f[0, :, 1, 2] *= length
+    g[1, :, 0, 0] = 0
+    f.requires_grad_()
+    feature_distance([f], [g]).sum().backward()
+    assert f.grad is not None
+    assert f.grad[:, :, 1, 2].norm() < 0.5 * f.grad.norm() and f.grad.isfinite().all()
+    tokens, z = random(2, 9, 4, seed=1), random(2, 9, 4, seed=2)
+    tokens[1, 4] *= length
+    tokens.requires_grad_()
+    semantic_reward([tokens, tokens], [z, z]).sum().backward()
+    assert tokens.grad is not None and tokens.grad[0].norm() > 0.1 * tokens.grad.norm()

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from vrpo_plugin.errors import ShapeError
-from vrpo_plugin.functional.tensors import promote, resample_tokens, square_grid
+from vrpo_plugin.functional.tensors import grid_like, promote, resample_tokens, square_grid
 
 Grid = tuple[int, int]
 
@@ -94,3 +96,16 @@ def test_wrong_number_of_tokens_is_an_error() -> None:
 def test_no_host_sync() -> None:
     with FakeTensorMode():
         assert resample_tokens(promote(torch.randn(2, 4, 3).half()), (2, 2), (3, 3)).shape == (2, 9, 3)
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 9), st.integers(1, 5))
+def test_grid_like_has_the_aspect(times: int, height: int, width: int, scale: int) -> None:
+    common = math.gcd(height, width)
+    h, w = times * height // common, times * width // common
+    assert grid_like(h * w, (height * scale, width * scale)) == (h, w)
+
+
+@pytest.mark.parametrize(("tokens", "sides"), [(256, (16, 32)), (255, (16, 64)), (7, (2, 4)), (0, (2, 4)), (255, None)])
+def test_tokens_of_another_aspect_are_an_error(tokens: int, sides: tuple[int, int] | None) -> None:
+    with pytest.raises(ShapeError, match=f"got {tokens}. Drop cls"):
+        grid_like(tokens, sides)

@@ -108,6 +108,15 @@ def test_an_encoder_that_is_not_there(host: FakeHost) -> None:
             model_of(host)
 
 
+@on("repa", "reg", "irepa", "repae", "lightningdit")
+@pytest.mark.parametrize("given", [{"encoder": "test_vit"}, {"encoder_checkpoint": "weights.pt"}])
+def test_an_encoder_that_the_host_would_not_use(host: FakeHost, given: dict[str, Any]) -> None:
+    (name,) = given
+    text = rf"{name}: expected unset: {host.spec.name} trains with .* Set it there\."
+    with pytest.raises(ConfigError, match=text):
+        apply_vrpo(host.spec, VRPOConfig(), options=HostOptions(**given))
+
+
 @on("lightningdit")
 def test_a_critic_of_other_latents(host: FakeHost, tmp_path: Path) -> None:
     save_critic(LatentCritic((8, 8, 8), (12,), (4, 4), width=16), tmp_path / "other.safetensors")

@@ -239,6 +239,52 @@ def test_latents_that_are_no_square() -> None:
     assert all(p.grad is not None for p in aligner.parameters())
 
 
+@pytest.mark.parametrize("token_grid", [(2, 8), (4, 16), (4, 4), (8, 2)])
+@pytest.mark.parametrize("own_projectors", [True, False])
+def test_tokens_of_oblong_images_meet_in_their_places(token_grid: tuple[int, int], own_projectors: bool) -> None:
+    # 16 tokens are 4 x 4, 2 x 8 or 8 x 2: what decides is the latents' aspect, and the encoder's own grid.
+    height, width = token_grid
+    aligner = tiny_aligner(
+        latent_shape=(4, 4, 16), token_grid=token_grid, reward_coeff=0.0, own_projectors=own_projectors
+    )
+    z = torch.randn(3, height * width, 12)
+    maps = F.interpolate(
+        z.mT.unflatten(2, token_grid), size=(2, 8), mode="bilinear", antialias=True, align_corners=False
+    )
+    expected = maps.flatten(2).mT
+    if own_projectors:
+        hidden = torch.randn(3, 16, 32)
+        out, projected = aligner(z, hidden=hidden), aligner.projectors[0](hidden)
+    else:
+        projected = torch.randn(3, 16, 12)
+        out = aligner(z, z_tilde=projected)
+    torch.testing.assert_close(out.features_loss, -cosine(projected, expected).mean(), **FLOAT32)
+
+
+def test_oblong_tokens_of_another_count_keep_their_aspect() -> None:
+    aligner, batch = tiny_aligner(latent_shape=(4, 4, 16)), make_batch(4, latent_shape=(4, 4, 16), tokens=64)
+    maps = F.interpolate(batch.z[0].mT.unflatten(2, (4, 16)), size=(2, 8), mode="bilinear", antialias=True)
+    hidden = torch.randn(4, 16, 32)
+    out = aligner(batch.z, hidden=hidden, **latents(batch))
+    same = aligner(maps.flatten(2).mT, hidden=hidden, **latents(batch))
+    torch.testing.assert_close(out.rewards, same.rewards, **FLOAT32)
+
+
+def test_tokens_that_fit_no_grid_of_the_image_are_refused() -> None:
+    aligner = tiny_aligner(latent_shape=(4, 4, 16), reward_coeff=0.0)
+    with pytest.raises(ShapeError, match=r"as high to wide as 4 to 16 .* got 40"):
+        aligner(torch.randn(3, 40, 12), hidden=torch.randn(3, 16, 32))
+    with pytest.raises(ShapeError, match=r"as high to wide as 4 to 16 .* got 25"):
+        aligner(torch.randn(3, 16, 12), hidden=torch.randn(3, 25, 32))
+
+
+def test_tokens_of_odd_sides_are_left_as_they_are() -> None:
+    aligner = tiny_aligner(latent_shape=(4, 9, 8), reward_coeff=0.0)
+    z, hidden = torch.randn(3, 72, 12), torch.randn(3, 72, 32)  # of patch 1
+    loss = aligner(z, hidden=hidden).features_loss
+    torch.testing.assert_close(loss, -cosine(aligner.projectors[0](hidden), z).mean(), **FLOAT32)
+
+
 def test_a_conv_projector(model: TinySiT) -> None:
     aligner = tiny_aligner(projector="conv").attach(model)
     assert isinstance(aligner.projectors[0], ConvProjector)
@@ -441,6 +487,7 @@ def test_a_configuration_and_overrides() -> None:
         ({"target_dims": 12}, r"hidden_dim, depth, target_dims: expected >= 1"),
         ({"latent_shape": (4, 8.0, 8)}, r"latent_shape: expected \(C, H, W\)"),
         ({"token_grid": (4,)}, r"token_grid: expected \(h, w\) or None, got \(4,\)"),
+        ({"prefix_tokens": 1, "projector": "conv"}, r"projector: expected 'mlp' with 1 tokens before the grid, got"),
         ({"prefix_tokens": -1}, r"prefix_tokens: expected a whole number >= 0, got -1"),
         ({"encoder_depth": "1"}, r"encoder_depth: expected a block number, got '1'"),
         ({"layers": (5,)}, r"layers: expected distinct block numbers from 1 to 4, got \(5,\)"),
@@ -518,6 +565,71 @@ def test_shapes_that_do_not_fit_are_errors_on_the_first_call(name: str, given: A
     with pytest.raises(ShapeError, match=message + r".*\. Pass the tensors of one batch\."):
         aligner(**{**right, name: given})
     assert torch.isfinite(aligner(**right).loss) and aligner.step == 1
+
+
+LATER = {
+    "more latents": lambda right: {"x0": torch.randn(8, 4, 8, 8)},
+    "fewer encoder tokens": lambda right: {"z": right["z"][:2]},
+    "another encoder": lambda right: {"z": torch.randn(4, 16, 13)},
+    "one prediction": lambda right: {"velocity": right["velocity"][:1]},
+    "one time": lambda right: {"t": right["t"][:1]},
+    "hidden tokens of another batch": lambda right: {"hidden": torch.randn(3, 16, 32)},
+    "tokens of no grid": lambda right: {"z": torch.randn(4, 15, 12)},
+    "another dtype": lambda right: {"hidden": right["hidden"].double()},
+}
+
+
+@pytest.mark.parametrize("change", LATER.values(), ids=LATER)
+@pytest.mark.parametrize("calls_before", [1, 3])
+def test_what_does_not_fit_is_noticed_on_later_calls_too(change: Any, calls_before: int) -> None:
+    batch, aligner = make_batch(4), tiny_aligner()
+    right: dict[str, Any] = {"z": batch.z[0], "hidden": torch.randn(4, 16, 32), **latents(batch)}
+    for _ in range(calls_before):
+        aligner(**right)
+    with pytest.raises(ShapeError):
+        aligner(**{**right, **change(right)})
+    larger = make_batch(8)
+    assert torch.isfinite(aligner(larger.z, hidden=torch.randn(8, 16, 32), **latents(larger)).loss)
+
+
+TIMES = {
+    "whole timesteps": torch.tensor([0.0, 250.0, 500.0, 999.0]),
+    "negative": torch.tensor([-0.2, 0.1, 0.2, 0.3]),
+    "sigmas": torch.tensor([0.1, 0.5, 14.6, torch.nan]),
+    "log-snr": torch.tensor([-4.0, 0.0, torch.inf, 1.0]),
+}
+
+
+@pytest.mark.parametrize("t", TIMES.values(), ids=TIMES)
+@pytest.mark.parametrize("features", ["policy", "none"])
+def test_times_of_another_convention_are_refused(t: torch.Tensor, features: str) -> None:
+    batch, aligner = make_batch(4), tiny_aligner(features=features)
+    hidden = torch.randn(4, 16, 32)
+    for _ in range(2):  # as long as no call was right
+        with pytest.raises(ConfigError, match=r"t: expected times in \[0, 1\], .* Divide timesteps by their number"):
+            aligner(batch.z, hidden=hidden, **{**latents(batch), "t": t})
+    assert aligner.step == 0
+    assert torch.isfinite(aligner(batch.z, hidden=hidden, **latents(batch)).loss)
+
+
+def test_times_at_the_ends_and_times_that_are_not_finite_are_left_to_the_objective() -> None:
+    batch = make_batch(4)
+    for t in ([0.0, 1.0, 1.0000001, -1e-7], [torch.nan, torch.inf, 0.5, -torch.inf]):
+        tiny_aligner()(batch.z, hidden=torch.randn(4, 16, 32), **{**latents(batch), "t": torch.tensor(t)})
+
+
+def test_the_remedy_fits() -> None:
+    batch, aligner = make_batch(4), tiny_aligner()
+    right: dict[str, Any] = {"z": batch.z[0], "hidden": torch.randn(4, 16, 32), **latents(batch)}
+    for change, remedy in (
+        ({"hidden": torch.randn(4, 16, 32).bfloat16()}, r"inside the model's torch\.autocast"),
+        ({"velocity": torch.randn(4, 8, 8, 8)}, r"output\.chunk\(2, dim=1\)\[0\]"),
+        ({"z": torch.randn(4, 16, 13)}, "target_dims="),
+    ):
+        with pytest.raises(ShapeError, match=remedy):
+            aligner(**{**right, **change})
+    with torch.autocast("cpu", torch.bfloat16):
+        aligner(**{**right, "hidden": torch.randn(4, 16, 32).bfloat16()})
 
 
 def test_latents_of_another_size_than_the_critics_are_an_error() -> None:

@@ -65,3 +65,21 @@ def test_conv_refuses_tokens_that_form_no_square() -> None:
 def test_unknown_kind_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"projector: expected mlp or conv, got 'attention'\. Choose"):
         build_projector("attention", 8, 12)
+
+
+@pytest.mark.parametrize(("grid", "sides"), [((8, 32), (16, 64)), ((32, 8), (64, 16)), ((2, 8), (4, 16))])
+def test_conv_mixes_neighbours_of_the_images_own_grid(grid: tuple[int, int], sides: tuple[int, int]) -> None:
+    (height, width), row, column = grid, grid[0] // 2, grid[1] // 2
+    projector = build_projector("conv", 3, 5, sides=sides)
+    tokens = torch.zeros(1, height * width, 3)
+    tokens[0, row * width + column] = 1
+    change = (projector(tokens) - projector(torch.zeros_like(tokens))).abs().sum(-1)[0].gt(1e-6).nonzero().flatten()
+    touched = {divmod(int(i), width) for i in change}
+    rows = [r for r in (row - 1, row, row + 1) if 0 <= r < height]
+    columns = [c for c in (column - 1, column, column + 1) if 0 <= c < width]
+    assert touched == {(r, c) for r in rows for c in columns}
+
+
+def test_conv_refuses_tokens_of_another_aspect() -> None:
+    with pytest.raises(ShapeError, match=r"as high to wide as 16 to 32 .* got 64\."):
+        build_projector("conv", 3, 5, sides=(16, 32))(torch.randn(2, 64, 3))

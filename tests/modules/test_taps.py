@@ -1,6 +1,7 @@
 """vrpo_plugin.modules.taps, and the attaching and detaching that installs them."""
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -266,3 +267,89 @@ def test_without_a_projector_no_hook_is_installed() -> None:
         model = TinySiT()
         tiny_aligner(features=features).attach(model)
         assert hooks(model) == 0
+
+
+# ---- compiled models ----
+
+
+def aligned_loss(called: nn.Module, aligner: VRPOAligner) -> float:
+    batch = make_batch(4)
+    velocity = called(batch.x_t, batch.t, batch.y)
+    out = aligner(batch.z, x0=batch.x0, x_t=batch.x_t, t=batch.t, velocity=velocity)
+    out.loss.backward()
+    return float(out.features_loss.detach())
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")  # type: ignore[return-value]
+
+
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.parametrize("order", ["baseline first", "baseline between", "itself first"])
+def test_a_compiled_models_taps_fire_whatever_was_compiled_before(order: str) -> None:
+    batch, model = make_batch(4), TinySiT(depth=2)
+    called = compiled(model)
+    if order == "baseline first":
+        compiled(TinySiT(depth=2))(batch.x_t, batch.t, batch.y).sum().backward()
+    elif order == "itself first":
+        called(batch.x_t, batch.t, batch.y).sum().backward()
+    aligner = tiny_aligner(depth=2, reward_coeff=0.0).attach(model)
+    first = aligned_loss(called, aligner)
+    if order == "baseline between":
+        compiled(TinySiT(depth=2))(batch.x_t, batch.t, batch.y).sum().backward()
+        assert kept(aligner) == [False]
+    assert aligned_loss(called, aligner) == pytest.approx(first, abs=1e-6)
+    assert aligned_loss(model, aligner) == pytest.approx(first, abs=1e-6)
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_attaching_and_detaching_a_compiled_model() -> None:
+    batch, model = make_batch(4), TinySiT(depth=2)
+    called = compiled(model)
+    for target in (model, called):
+        one = tiny_aligner(depth=2, reward_coeff=0.0).attach(target)
+        aligned_loss(called, one)
+        one.detach(target)
+        assert hooks(model) == 0 and not hasattr(model, "vrpo")
+        called(batch.x_t, batch.t, batch.y).sum().backward()
+        assert kept(one) == [False]
+    copied = copy.deepcopy(model)
+    two = tiny_aligner(depth=2, reward_coeff=0.0).attach(copied)
+    aligned_loss(compiled(copied), two)
+    called(batch.x_t, batch.t, batch.y).sum().backward()
+    assert kept(two) == [False]
+
+
+# ---- diffusers' EMA, which holds parameters by their places ----
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("made", ["after attach", "before attach"])
+def test_diffusers_ema_follows_the_transformer(made: str, foreach: bool) -> None:
+    training_utils = pytest.importorskip("diffusers.training_utils")
+    model, aligner = TinySiT(), tiny_aligner()
+    if made == "after attach":
+        aligner.attach(model)
+
+    def averaged() -> list[nn.Parameter]:
+        own = {id(p) for p in aligner.parameters()}
+        return [p for p in model.parameters() if made == "after attach" or id(p) not in own]
+
+    ema = training_utils.EMAModel(averaged(), decay=0.0, min_decay=0.0, foreach=foreach)
+    aligner.attach(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    align(model, aligner, make_batch(8)).loss.backward()
+    optimizer.step()
+    ema.step(averaged())
+    torch.testing.assert_close(ema.shadow_params, [p.detach() for p in averaged()])
+    aligner.detach(model)
+    ema.store(model.parameters())
+    ema.copy_to(model.parameters())  # the aligner's come last, so that the others keep their places
+    ema.restore(model.parameters())

@@ -7,10 +7,13 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vrpo_plugin.errors import ConfigError
 from vrpo_plugin.reference.sampler import SOLVERS, sample
@@ -247,7 +250,14 @@ def test_null_label_may_be_given_for_a_plain_function() -> None:
         ({"solver": "dopri5"}, "solver: expected one of .*euler_maruyama.*, got 'dopri5'"),
         ({"path_type": "vp"}, "path_type: expected one of .*, got 'vp'"),
         ({"num_steps": 0}, "num_steps: expected at least 1, got 0"),
+        ({"num_steps": 2.5}, "num_steps: expected at least 1, got 2.5"),
         ({"guidance_scale": 0.5}, "guidance_scale: expected at least 1, got 0.5"),
+        ({"guidance_scale": float("nan")}, "guidance_scale: expected at least 1, got nan"),
+        ({"guidance_scale": float("inf")}, "guidance_scale: expected at least 1, got inf"),
+        *(
+            ({"guidance_interval": interval}, r"guidance_interval: expected 0 <= low <= high <= 1, got \(")
+            for interval in ((0.7, 0.2), (-0.1, 1.0), (0.0, 1.5), (float("nan"), 1.0), (250, 1000))
+        ),
         ({"solver": "euler_maruyama"}, "generator: expected a torch.Generator, got None"),
         ({"guidance_scale": 2.0, "y": None}, "y missing"),
     ],
@@ -312,3 +322,32 @@ def test_equals_repa(
         generator=seeded(7),
     )
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device that refuses float64 tensors, as MPS does; numbers (0-dim) stay on the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if any(isinstance(x, Tensor) and x.ndim and x.dtype == torch.float64 for x in tree_leaves(out)):
+            raise TypeError(f"Cannot convert a MPS Tensor to float64 ({func})")
+        return out
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("path_type", PATHS)
+def test_a_device_without_float64_samples_in_float32(solver: Any, path_type: Any) -> None:
+    noise, y = noise_and_labels(dtype=torch.float32)
+    settings: dict[str, Any] = {"num_steps": 4, "solver": solver, "path_type": path_type, "guidance_scale": 2.0}
+
+    class Float32Model(GaussianModel):
+        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+            mean = torch.tensor(MEANS)[y].view(-1, 1, 1, 1)
+            return 0.5 * (x - mean), []
+
+    with NoFloat64():
+        model = SiT(input_size=4, patch_size=2, hidden_size=16, depth=1, num_heads=2, num_classes=2)
+        sample(model, noise[:, :1].repeat(1, 4, 2, 2)[..., :4, :4], y, num_steps=2)
+        narrow = sample(Float32Model(), noise, y, generator=seeded(), **settings)
+    if solver != "euler_maruyama":  # whose noise is drawn in another dtype
+        torch.testing.assert_close(narrow, sample(Float32Model(), noise, y, **settings), rtol=1e-5, atol=1e-5)

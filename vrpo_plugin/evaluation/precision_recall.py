@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vrpo_plugin.errors import ConfigError, DataError, ShapeError, explain
+from vrpo_plugin.functional.tensors import widest_dtype
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ def precision_recall(real: Tensor, generated: Tensor, *, k: int = 3, chunk_size:
     Source: Kynkaanniemi et al., arXiv 1904.06991, equations 1-2; k = 3 as there.
     """
     _check(real, generated, k, chunk_size)
-    real, generated = real.detach().double(), generated.detach().to(real.device).double()
+    dtype = widest_dtype(real.device)
+    real, generated = real.detach().to(dtype), generated.detach().to(real.device, dtype)
     real_radii = _radii(real, k, chunk_size)
     generated_radii = _radii(generated, k, chunk_size)
     precise = 0

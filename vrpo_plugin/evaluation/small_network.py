@@ -6,12 +6,13 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from einops import rearrange, reduce
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from vrpo_plugin.errors import CheckpointError, ShapeError, WeightsNotFoundError, explain
@@ -118,7 +119,11 @@ class SmallFeatureNetwork:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file: weights, and in its metadata what rebuilds the network."""
         arguments = {k: v for k, v in vars(self).items() if k != "body"}
-        save_file(self.state_dict(), path, metadata={"small_features": json.dumps(arguments)})
+        path = Path(path)
+        temporary = path.with_name(path.name + ".tmp")  # a run that is killed here must not leave half a file
+        # save_file's are readable by their owner alone.
+        temporary.write_bytes(save(self.state_dict(), metadata={"small_features": json.dumps(arguments)}))
+        temporary.replace(path)
 
 
 def weights_hash(state: dict[str, Tensor]) -> str:

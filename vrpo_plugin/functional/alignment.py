@@ -1,16 +1,15 @@
 """Alignment of tokens with a frozen encoder's tokens."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from vrpo_plugin.errors import ShapeError, explain
-from vrpo_plugin.functional.tensors import promote
+from vrpo_plugin.functional.tensors import directions, promote
 
 
 def cosine_alignment(z_tilde: Tensor, z: Tensor) -> Tensor:
     """Mean cosine between predicted and frozen tokens, r = mean_n <z_tilde / |z_tilde|, z / |z|> (equation 3).
 
-    REPA's projection loss is the negative of its batch mean.
+    REPA's projection loss is the negative of its batch mean. A token of no length has cosine 0 and gradient 0.
 
     Args:
         z_tilde: predicted tokens (B, N, D), any floating dtype; computed in float32 at least.
@@ -33,7 +32,7 @@ def cosine_alignment(z_tilde: Tensor, z: Tensor) -> Tensor:
                 do="Resample the tokens to one grid and check the encoder's dimension.",
             )
         )
-    return (F.normalize(promote(z_tilde), dim=-1) * F.normalize(promote(z), dim=-1)).sum(-1).mean(-1)
+    return (directions(promote(z_tilde), -1) * directions(promote(z), -1)).sum(-1).mean(-1)
 
 
 def spatial_normalize(z: Tensor, *, alpha: float = 0.6, eps: float = 1e-6) -> Tensor:

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor
 
 from vrpo_plugin.functional.alignment import cosine_alignment
-from vrpo_plugin.functional.tensors import promote, require_shape
+from vrpo_plugin.functional.tensors import directions, promote, require_shape
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def feature_distance(features: Sequence[Tensor], reference: Sequence[Tensor], *,
     Args:
         features: feature maps (B, C_l, H_l, W_l), one per layer.
         reference: the same for the reference images.
-        eps: smallest norm that is divided by, so that an all-zero position counts as 0 and gives no NaN.
+        eps: smallest norm that is divided by, so that an all-zero position counts as 0; it gets no gradient.
 
     Returns:
         Distances (B,), in [0, 4].
@@ -94,6 +93,6 @@ def feature_distance(features: Sequence[Tensor], reference: Sequence[Tensor], *,
     distances = []
     for f, g in zip(features, reference, strict=True):
         require_shape("features", f, g.shape)
-        f, g = F.normalize(promote(f), dim=1, eps=eps), F.normalize(promote(g), dim=1, eps=eps)
+        f, g = directions(promote(f), 1, eps=eps), directions(promote(g), 1, eps=eps)
         distances.append(reduce((f - g).square().sum(1), "b h w -> b", "mean"))
     return torch.stack(distances).mean(0)

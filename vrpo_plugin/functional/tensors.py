@@ -1,6 +1,7 @@
 """What other files share: the working precision, masks of finite samples, and the resampling of token grids."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,12 +10,24 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from vrpo_plugin.errors import ShapeError, explain
+from vrpo_plugin.errors import DataError, ShapeError, explain
+
+# Lengths under which a vector has no direction worth a gradient: in units of its sample's mean, and at all.
+SHORT, SHORTEST = 1e-3, 1e-4
 
 
 def promote(x: Tensor) -> Tensor:
     """Brings float16, bfloat16 and whole numbers to float32 and leaves float32 and float64 as they are."""
     return x if x.is_floating_point() and x.dtype.itemsize >= 4 else x.float()
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that has no such numbers (MPS)."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return torch.float32
+    return torch.float64
 
 
 def require_shape(name: str, x: Tensor, shape: Sequence[int]) -> None:
@@ -25,6 +38,41 @@ def require_shape(name: str, x: Tensor, shape: Sequence[int]) -> None:
     """
     if x.shape != shape:
         raise ShapeError(explain(name, expected=tuple(shape), got=tuple(x.shape), do="Pass tensors of one batch."))
+
+
+def require_pixels(subject: str, pixels: Tensor, *, first: bool) -> None:
+    """Refuses floats that are no pixels in [-1, 1], and warns of pixels in [0, 1].
+
+    Values that are not finite are refused in a first batch alone; later they leave out their sample.
+
+    Args:
+        subject: what error messages call it.
+        pixels: floating, any shape.
+        first: this is the caller's first batch. A device is made to wait for it, and for no later one.
+
+    Raises:
+        DataError: values leave [-1, 1] by far: [0, 255], or normalised twice.
+    """
+    if torch.compiler.is_compiling() or pixels.is_meta or not pixels.numel():
+        return
+    if not (first or pixels.device.type == "cpu"):
+        return
+    low, high = (pixels if first else finite_or_zero(pixels)).detach().aminmax()
+    if not (low >= -2 and high <= 2):
+        raise DataError(
+            explain(
+                subject,
+                expected="floats in [-1, 1]",
+                got=f"values from {low.item():g} to {high.item():g}",
+                do="Scale images in [0, 255] by x / 127.5 - 1, once.",
+            )
+        )
+    if first and low >= 0 and high > 0.5:
+        warnings.warn(
+            f"vrpo_plugin: {subject}: floats in [-1, 1] are expected, and the first batch has none below 0. "
+            "If these are pixels in [0, 1], scale them by 2 * x - 1.",
+            stacklevel=2,
+        )
 
 
 def square_grid(tokens: int) -> tuple[int, int]:
@@ -44,6 +92,29 @@ def square_grid(tokens: int) -> tuple[int, int]:
             )
         )
     return side, side
+
+
+def grid_like(tokens: int, sides: tuple[int, int] | None) -> tuple[int, int]:
+    """The grid of so many tokens of an image with these sides, whose aspect it has; of a square one where None.
+
+    Raises:
+        ShapeError: no grid of that aspect has so many tokens.
+    """
+    if sides is None or sides[0] == sides[1]:
+        return square_grid(tokens)
+    common = math.gcd(*sides)
+    height, width = sides[0] // common, sides[1] // common
+    times = math.isqrt(max(tokens, 0) // (height * width))
+    if times < 1 or times * times * height * width != tokens:
+        raise ShapeError(
+            explain(
+                "tokens",
+                expected=f"a grid as high to wide as {sides[0]} to {sides[1]} (prefix tokens already dropped)",
+                got=tokens,
+                do="Drop cls and register tokens, and give token_grid= and latent_shape= of these images.",
+            )
+        )
+    return times * height, times * width
 
 
 def resample_tokens(z: Tensor, grid: tuple[int, int], target_grid: tuple[int, int]) -> Tensor:
@@ -70,6 +141,30 @@ def resample_tokens(z: Tensor, grid: tuple[int, int], target_grid: tuple[int, in
     maps = rearrange(promote(z), "b (h w) d -> b d h w", h=grid[0])
     maps = F.interpolate(maps, size=target_grid, mode="bilinear", antialias=True, align_corners=False)
     return rearrange(maps, "b d h w -> b (h w) d")
+
+
+def directions(x: Tensor, dim: int, *, eps: float = 1e-12) -> Tensor:
+    """``x / max(|x|, eps)`` along ``dim``, with a gradient that is bounded.
+
+    The derivative of a direction is one over the length: an empty token (a padded one, one that underflowed) would
+    outweigh all others by many orders, and clipping would leave nothing of them. Vectors that are shorter than
+    ``SHORT`` times their sample's mean length, or than ``SHORTEST``, keep their value and get no gradient.
+
+    Args:
+        x: vectors (B, ...), in float32 at least.
+        dim: along which a vector lies.
+        eps: smallest length that is divided by.
+
+    Returns:
+        Vectors of length 1, or 0, of the shape of ``x``.
+    """
+    length = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+    unit = x / length.clamp(min=eps)
+    if not x.requires_grad:
+        return unit
+    known = length.detach()
+    usual = known.mean(tuple(range(1, x.ndim)), keepdim=True)
+    return torch.where(known > (SHORT * usual).clamp(min=SHORTEST), unit, unit.detach())
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

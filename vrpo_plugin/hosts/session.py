@@ -39,6 +39,7 @@ class Session:
         modules: Mapping[str, ModuleType],
     ) -> None:
         _check(spec, config)
+        _check_encoder(spec, options)
         self.spec, self.config, self.options, self.handle = spec, config, options, handle
         self.modules = modules
         self.idle = config.reward_coeff == 0 and (
@@ -222,6 +223,17 @@ def _check(spec: HostSpec, config: VRPOConfig) -> None:
                 do="With reward_coeff=0 and features='none' nothing is changed.",
             )
         )
+
+
+def _check_encoder(spec: HostSpec, options: HostOptions) -> None:
+    default = HostOptions()
+    for name in ("encoder", "encoder_checkpoint"):
+        given = getattr(options, name)
+        if given != getattr(default, name) and not spec.needs_encoder:
+            owner = "its own encoder (--enc-type)" if spec.projects else "the tokens of its critic_checkpoint"
+            raise ConfigError(
+                explain(name, expected=f"unset: {spec.name} trains with {owner}", got=repr(given), do="Set it there.")
+            )
 
 
 def never_fired(spec: HostSpec, what: str) -> HostChangedError:

@@ -7,20 +7,22 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from vrpo_plugin.config import VRPOConfig, check_keys
-from vrpo_plugin.errors import ConfigError, HostNotFoundError, PatchConflictError, explain
+from vrpo_plugin.errors import ConfigError, HostNotFoundError, PatchConflictError, ShapeError, explain
 from vrpo_plugin.functional.alignment import cosine_alignment, spatial_normalize
 from vrpo_plugin.functional.interpolant import clean_estimate
 from vrpo_plugin.functional.rewards import RewardState
 from vrpo_plugin.functional.tensors import (
     finite_or_zero,
     finite_samples,
+    grid_like,
     masked_mean,
     promote,
     resample_tokens,
-    square_grid,
     zero_unless,
 )
 from vrpo_plugin.modules.critic import LatentCritic, load_critic_weights
@@ -31,11 +33,15 @@ from vrpo_plugin.modules.inputs import (
     check_projected,
     check_sizes,
     check_targets,
+    check_times,
+    holds,
     say_group_sizes,
     sizes_of_encoder,
     sizes_of_model,
+    warn_without_gradient,
 )
 from vrpo_plugin.modules.projector import build_projector
+from vrpo_plugin.modules.standstill import UpdateWatch, wrapped_too_early
 from vrpo_plugin.modules.statistics import update_buffer
 from vrpo_plugin.modules.taps import Taps, resolve_layers
 
@@ -86,7 +92,8 @@ class VRPOAligner(nn.Module):
         depth: number of transformer blocks.
         latent_shape: (C, H, W) of the latents; needed where a critic is made.
         token_grid: (h, w) that the encoder tokens come in; by default half the latent's sides, the grid of a
-            patch-2 transformer and of REPA's encoders.
+            patch-2 transformer and of REPA's encoders. Other counts of tokens are read as a grid of this aspect, those
+            of the transformer as one of the latents' aspect; where neither is given, as a square.
         encoder_depth: the host's own aligned block, 1-based; used by ``layers="early"``.
         own_projectors: False where the host projects its tokens itself; ``forward`` then takes ``z_tilde``, and
             there are no projectors and no taps here.
@@ -135,11 +142,14 @@ class VRPOAligner(nn.Module):
         self.depth = depth
         self.own_projectors, self.prefix_tokens = own_projectors, prefix_tokens
         self.layers = resolve_layers(self.config.layers, depth, encoder_depth=encoder_depth)
-        if token_grid is None and latent_shape is not None:
-            token_grid = (max(1, latent_shape[1] // 2), max(1, latent_shape[2] // 2))
-        self.token_grid = token_grid
+        self.sides = None if latent_shape is None else (latent_shape[1], latent_shape[2])
+        self._encoder_sides = self.sides if token_grid is None else (token_grid[0], token_grid[1])
+        if token_grid is None and self.sides is not None:
+            token_grid = (max(1, self.sides[0] // 2), max(1, self.sides[1] // 2))
+        self.token_grid = None if token_grid is None else (token_grid[0], token_grid[1])
         self.taps = Taps(self.layers)
-        self._checked = False
+        self._seen: set[Any] = set()  # kinds of input that were checked
+        self._watch = UpdateWatch()
         with torch.random.fork_rng(devices=[]):
             self.projectors = self._build_projectors()
             self.generation = self._build_generation(latent_shape, rewards or {}, black_box_rewards or {})
@@ -157,8 +167,16 @@ class VRPOAligner(nn.Module):
     def _build_projectors(self) -> nn.ModuleList:
         if self.config.features != "policy" or not self.own_projectors:
             return nn.ModuleList()
+        if self.config.projector == "conv" and self.prefix_tokens:
+            _refuse("projector", f"'mlp' with {self.prefix_tokens} tokens before the grid", self.config.projector)
         return nn.ModuleList(
-            build_projector(self.config.projector, self.hidden_dim, dim, projector_dim=self.config.projector_dim)
+            build_projector(
+                self.config.projector,
+                self.hidden_dim,
+                dim,
+                projector_dim=self.config.projector_dim,
+                sides=self.sides or self._encoder_sides,
+            )
             for _ in self.layers
             for dim in self.target_dims
         )
@@ -223,8 +241,10 @@ class VRPOAligner(nn.Module):
 
         Raises:
             HostNotFoundError: there are no blocks, or fewer than ``depth``.
-            PatchConflictError: another aligner is attached.
+            PatchConflictError: another aligner is attached, or DDP has wrapped the model.
         """
+        if isinstance(model, DistributedDataParallel):
+            raise wrapped_too_early(model)
         if getattr(model, "vrpo", None) is self:
             return self
         if hasattr(model, "vrpo"):
@@ -243,7 +263,10 @@ class VRPOAligner(nn.Module):
             )
         if len(self.projectors):
             self.taps.install(model, blocks)
+        elif dist.is_available() and dist.is_initialized():
+            self.taps.watch_calls(model)
         model.vrpo = self
+        self._watch = UpdateWatch(model, self)
         return self
 
     def detach(self, model: nn.Module) -> None:
@@ -258,6 +281,7 @@ class VRPOAligner(nn.Module):
             )
         del model.vrpo
         self.taps.uninstall(model)
+        self._watch = UpdateWatch()
 
     def forward(
         self,
@@ -293,13 +317,18 @@ class VRPOAligner(nn.Module):
             :class:`VRPOOutput`.
 
         Raises:
-            ShapeError: on the first call, where shapes do not fit together.
+            ShapeError: on the first call with such shapes, where they do not fit together.
             HostNotFoundError: the taps did not fire.
-            ConfigError: a black-box reward without ``generator``.
+            ConfigError: a black-box reward without ``generator``; times outside [0, 1], on the first call; a call that
+                DDP cannot see under ``find_unused_parameters=True``.
         """
         targets, tokens = _tuple(z), self._hidden_tokens(hidden)
         projected = _tuple(z_tilde) if self.config.features == "policy" and not self.own_projectors else ()
-        if not self._checked:
+        estimate = velocity if x0_hat is None else x0_hat
+        compiling = torch.compiler.is_compiling()
+        # While compiling, the checks leave no code behind, and a changed attribute would compile it all again.
+        kind = None if compiling else _kind_of(*targets, *tokens, *projected, x0, x_t, t, estimate)
+        if compiling or kind not in self._seen:
             batch = check_targets(targets, self.target_dims)
             if tokens:
                 dtype = next(self.projectors.parameters()).dtype
@@ -307,11 +336,18 @@ class VRPOAligner(nn.Module):
             if self.config.features == "policy" and not self.own_projectors:
                 check_projected(projected, batch, self.target_dims)
             if self.generation is not None:
-                check_latents(batch, x0=x0, x_t=x_t, t=t, estimate=velocity if x0_hat is None else x0_hat)
+                check_latents(batch, x0=x0, x_t=x_t, t=t, estimate=estimate)
+                assert t is not None
+                if (t.dtype, t.device) not in self._seen:  # values are read once, not for every batch size
+                    check_times(t)
                 if self.config.group == "noise":
                     say_group_sizes(batch, self.config.group_size)
-            # While compiling, the checks leave no code behind, and a changed attribute would compile it all again.
-            self._checked = not torch.compiler.is_compiling()
+            if not compiling:
+                self._first_call(step, estimate, [*tokens, *projected])
+                self._seen |= {kind} if t is None else {kind, (t.dtype, t.device)}
+        if self.training and not compiling:
+            self._watch.look(self)
+            self.taps.wrapper.leave()
         if self.training:
             update_buffer(self, "step", self.step + 1)
         if self.config.target_norm == "spatial":
@@ -332,7 +368,7 @@ class VRPOAligner(nn.Module):
                 # The velocity's gradient has the time as its factor: NaN, though the sample is left out below.
                 usable = finite_or_zero(t)
                 x0_hat = clean_estimate(promote(x_t), promote(velocity), usable, self.config.path_type)
-            on_grid = tuple(_resample(target[:, self.prefix_tokens :], self.token_grid) for target in targets)
+            on_grid = tuple(self._resample(target[:, self.prefix_tokens :], self.token_grid) for target in targets)
             generated = self.generation(RewardState(x0_hat, x0, x_t, t, on_grid, y, step), generator)
         release = self._left(self.config.release, self.config.release_steps, step)
         reward_release = self._left(self.config.reward_release, self.config.reward_release_steps, step)
@@ -357,6 +393,24 @@ class VRPOAligner(nn.Module):
             metrics=metrics | (generated.metrics if generated else {}),
         )
 
+    def _first_call(self, step: int | None, estimate: Tensor | None, tokens: Sequence[Tensor]) -> None:
+        """Says what makes a run stand still, as far as its first call can tell."""
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        if self.generation is not None and (self._watch.attached or any(h.requires_grad for h in tokens)):
+            warn_without_gradient(estimate)
+        if self._seen:
+            return
+        for name, works in {"release": len(tokens) > 0, "reward_release": self.generation is not None}.items():
+            schedule, steps = getattr(self.config, name), getattr(self.config, f"{name}_steps")
+            if works and schedule != "none" and steps and _is_over(self.step if step is None else step, steps):
+                begun = "the step that a checkpoint has restored" if step is None else f"step {step}"
+                logger.warning(
+                    "%s_steps=%d is over before the first call, at %s: that part of the objective has no weight. To "
+                    "train with it from here on, add this step to %s_steps.",
+                    name, steps, begun, name,
+                )  # fmt: skip
+
     def _hidden_tokens(self, hidden: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, ...]:
         if not len(self.projectors):
             return ()
@@ -379,10 +433,29 @@ class VRPOAligner(nn.Module):
 
     def _like(self, z: Tensor, z_tilde: Tensor) -> Tensor:
         """The encoder's tokens (B, N, D) on the transformer's grid."""
-        if z.shape[1] == z_tilde.shape[1]:
+        prefix, tokens = self.prefix_tokens, z_tilde.shape[1] - self.prefix_tokens
+        if z.shape[1] == z_tilde.shape[1] and not self._squashes(tokens):
             return z
-        prefix, grid = self.prefix_tokens, square_grid(z_tilde.shape[1] - self.prefix_tokens)
-        return torch.cat([z[:, :prefix], _resample(z[:, prefix:], grid)], 1)
+        grid = grid_like(tokens, self.sides or self._encoder_sides)
+        return torch.cat([z[:, :prefix], self._resample(z[:, prefix:], grid)], 1)
+
+    def _squashes(self, tokens: int) -> bool:
+        """An encoder that saw an oblong image as a square has as many tokens, in other places."""
+        if self.sides is None or self.sides == self._encoder_sides:
+            return False
+        try:
+            return grid_like(tokens, self.sides) != grid_like(tokens, self._encoder_sides)
+        except ShapeError:  # no grid of these latents: nothing says that the two differ
+            return False
+
+    def _resample(self, z: Tensor, grid: tuple[int, int] | None) -> Tensor:
+        """The encoder's tokens (B, N, D) on a grid; as they are where that is not known."""
+        if grid is None:
+            return z
+        own = self.token_grid
+        if own is None or z.shape[1] != own[0] * own[1]:
+            own = grid_like(z.shape[1], self._encoder_sides)
+        return resample_tokens(z, own, grid)
 
     def _left(self, schedule: str, steps: int, step: int | None) -> Tensor | float:
         """Share that a schedule has left (equation 17); a tensor where the aligner counts itself."""
@@ -398,10 +471,14 @@ def _tuple(tensors: Any) -> tuple[Tensor, ...]:
     return tuple(tensors) if isinstance(tensors, (list, tuple)) else () if tensors is None else (tensors,)
 
 
-def _resample(z: Tensor, grid: tuple[int, int] | None) -> Tensor:
-    if grid is None or z.shape[1] == grid[0] * grid[1]:
-        return z
-    return resample_tokens(z, square_grid(z.shape[1]), grid)
+def _kind_of(*tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple((x.shape, x.dtype, x.requires_grad) if isinstance(x, Tensor) else type(x) for x in tensors)
+
+
+def _is_over(done: Tensor | int, steps: int) -> bool:
+    if isinstance(done, Tensor):
+        return not done.is_meta and holds(done >= steps)
+    return done >= steps
 
 
 def _refuse(name: str, expected: str, got: object) -> NoReturn:

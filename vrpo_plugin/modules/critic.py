@@ -134,12 +134,12 @@ class LatentCritic(nn.Module):
 
 def save_critic(critic: LatentCritic, path: Path, *, record: dict[str, Any] | None = None) -> None:
     """Writes the critic's weights, sizes and an optional record of its training as one safetensors file."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {name: value.detach().cpu().contiguous() for name, value in critic.state_dict().items()}
     metadata = {"vrpo_critic": json.dumps(critic.sizes()), "record": json.dumps(record or {})}
     temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata=metadata)
+    temporary.write_bytes(save(tensors, metadata=metadata))  # save_file's are readable by their owner alone
     temporary.replace(path)
 
 

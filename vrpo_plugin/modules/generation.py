@@ -88,10 +88,10 @@ class GenerationReadout(nn.Module):
                     do="Name every reward.",
                 )
             )
-        values = torch.tensor([shares[name] for name in self.names], dtype=torch.float64)
-        # In float64, where shares of any size have a sum, and in units of the largest, where theirs is finite.
-        values = values / values.max()
-        return rearrange((values / values.sum()).float(), "k -> k 1 1")
+        # In Python's float64, where shares of any size have a sum, and in units of the largest, where theirs is finite.
+        largest = max(shares.values())
+        values = [shares[name] / largest for name in self.names]
+        return rearrange(torch.tensor([value / sum(values) for value in values]), "k -> k 1 1")
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         # Shares that a host's cast to bfloat16 has rounded would not sum to 1.

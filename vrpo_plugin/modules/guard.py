@@ -8,10 +8,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vrpo_plugin.errors import ConfigError, explain
+from vrpo_plugin.modules.standstill import ZeroGradients
 
 
 class NonFiniteGuard:
     """Leaves out the optimizer steps that are not finite; weights, moments and statistics stay as they are.
+
+    Warns once where all gradients are zero for 100 steps.
 
     The decision is made on the device, so nothing waits for it, and over all processes, so that they stay alike. Call
     :meth:`keep` before the forward pass, :meth:`check` between clipping and ``optimizer.step()``.
@@ -32,6 +35,7 @@ class NonFiniteGuard:
             )
         self.optimizer, self.model, self.scaler = optimizer, model, scaler
         self.kept: list[Tensor] = []
+        self._zero = ZeroGradients()
 
     def keep(self) -> None:
         """Remembers the buffers."""
@@ -48,7 +52,9 @@ class NonFiniteGuard:
         Returns:
             0-dim float32, 1 where the step is left out, else 0; the same on all processes.
         """
-        sound = torch.stack([torch.isfinite(norm.detach()) for norm in norms] + [count == 0 for count in counts])
+        norms = [norm.detach() for norm in norms]
+        self._zero.add(torch.stack(norms))
+        sound = torch.stack([torch.isfinite(norm) for norm in norms] + [count == 0 for count in counts])
         skipped = 1 - sound.all().float()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(skipped, op=dist.ReduceOp.MAX)

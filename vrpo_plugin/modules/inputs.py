@@ -13,6 +13,8 @@ from vrpo_plugin.errors import ConfigError, HostNotFoundError, ShapeError, expla
 
 logger = logging.getLogger("vrpo_plugin")
 
+TIME_SLACK = 1e-3  # of times that low precision or a host's end point has rounded out of [0, 1]
+
 
 def sizes_of_model(model: nn.Module) -> dict[str, Any]:
     """Keywords of ``VRPOAligner`` that a SiT- or DiT-like model answers.
@@ -82,7 +84,8 @@ def check_targets(z: tuple[Tensor, ...], target_dims: tuple[int, ...]) -> int:
     """
     batch = len(z[0]) if z and _is_tokens(z[0]) else 0
     if not _are_tokens(z, batch, target_dims):
-        _mismatch("z", f"one (B, N, D) per encoder, D in {target_dims}", [described(target) for target in z])
+        do = "D is the encoder's dimension: target_dims= of the aligner."
+        _mismatch("z", f"one (B, N, D) per encoder, D in {target_dims}", [described(target) for target in z], do)
     return batch
 
 
@@ -96,11 +99,12 @@ def check_hidden(
     """
     if not _are_tokens(hidden, batch, (hidden_dim,) * len(layers)):
         expected = f"one (B={batch}, N, {hidden_dim}) for each of blocks {layers}"
-        _mismatch("hidden", expected, [described(h) for h in hidden])
+        _mismatch("hidden", expected, [described(h) for h in hidden], "Call the model and the aligner by turns.")
     other = {h.dtype for h in hidden} - {dtype}
     # Autocast levels them, but leaves float64 as it is.
     if other and (torch.float64 in (dtype, *other) or not torch.is_autocast_enabled(hidden[0].device.type)):
-        _mismatch("hidden", f"{dtype} like the projectors, or autocast", [h.dtype for h in hidden])
+        do = "Call the aligner inside the model's torch.autocast, or cast the two to one dtype."
+        _mismatch("hidden", f"{dtype} like the projectors, or autocast", [h.dtype for h in hidden], do)
 
 
 def check_projected(z_tilde: tuple[Tensor, ...], batch: int, target_dims: tuple[int, ...]) -> None:
@@ -125,10 +129,46 @@ def check_latents(
     shape = tuple(x0.shape) if isinstance(x0, Tensor) and x0.ndim == 4 else "(B, C, H, W)"
     for name, given in {"x0": x0, "x_t": x_t, "velocity or x0_hat": estimate}.items():
         if not _is_floating(given) or tuple(given.shape) != shape or len(given) != batch:
-            _mismatch(name, f"{shape} with B={batch}", described(given))
+            _mismatch(name, f"{shape} with B={batch}", described(given), _latent_advice(given, x0))
     if not _is_floating(t) or t.shape != (batch,):
         got = (tuple(t.shape), t.dtype) if isinstance(t, Tensor) else t
         _mismatch("t", f"({batch},), floating, 0 = data and 1 = noise", got)
+
+
+def check_times(t: Tensor) -> None:
+    """Refuses times outside [0, 1], which a batch of whole timesteps or of another convention has. Reads them back.
+
+    Raises:
+        ConfigError: a finite time is outside.
+    """
+    if torch.compiler.is_compiling() or t.is_meta:
+        return
+    inside = (t >= -TIME_SLACK) & (t <= 1 + TIME_SLACK)
+    if not holds((inside | ~torch.isfinite(t)).all()):
+        expected, got = "times in [0, 1], 0 = data and 1 = noise", f"{t.min().item():g} to {t.max().item():g}"
+        do = "Divide timesteps by their number, and pass 1 - t where the model's time runs from noise to data."
+        raise ConfigError(explain("t", expected=expected, got=got, do=do))
+
+
+def holds(condition: Tensor) -> bool:
+    """Whether a condition (0-dim) holds. A device is made to wait: for first calls."""
+    if condition.device.type != "cpu":
+        return bool(condition)
+    try:
+        torch._assert_async(condition)  # on the CPU there is nothing to wait for, and nothing is read back
+    except RuntimeError:
+        return False
+    return True
+
+
+def warn_without_gradient(estimate: Tensor | None) -> None:
+    """Warns of a prediction that leads to no model: the rewards would teach nobody."""
+    if isinstance(estimate, Tensor) and not estimate.requires_grad:
+        warnings.warn(
+            "vrpo_plugin: velocity (or x0_hat) has no gradient, so the rewards reach no model. Pass the model's output "
+            "as it is, made with gradients and not detached; or call aligner.eval() to measure only.",
+            stacklevel=3,
+        )
 
 
 def described(x: object) -> object:
@@ -176,9 +216,17 @@ def say_group_sizes(batch: int, group_size: int) -> None:
         logger.warning("batch of %d in noise strata of %d: the last one holds %d", batch, group_size, last)
 
 
+def _latent_advice(given: object, x0: object) -> str:
+    if not (isinstance(given, Tensor) and isinstance(x0, Tensor)) or given.ndim != 4 or x0.ndim != 4:
+        return ""
+    if given.shape[1] == 2 * x0.shape[1]:
+        return "Of a model that predicts a variance too, pass the first half: output.chunk(2, dim=1)[0]."
+    return ""
+
+
 def _refuse(name: str, expected: str, got: object) -> NoReturn:
     raise ConfigError(explain(name, expected=expected, got=repr(got), do="Correct it."))
 
 
-def _mismatch(name: str, expected: str, got: object) -> NoReturn:
-    raise ShapeError(explain(name, expected=expected, got=got, do="Pass the tensors of one batch."))
+def _mismatch(name: str, expected: str, got: object, do: str = "") -> NoReturn:
+    raise ShapeError(explain(name, expected=expected, got=got, do=f"Pass the tensors of one batch. {do}".rstrip()))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vrpo_plugin.errors import ConfigError, HostNotFoundError, explain
+from vrpo_plugin.modules.standstill import WrapperCheck
 
 
 def resolve_layers(
@@ -37,7 +38,8 @@ def resolve_layers(
         raise ConfigError(
             explain("encoder_depth", expected="a block number", got=repr(encoder_depth), do="Correct it.")
         )
-    chosen = (encoder_depth or max(1, round(depth / 3)),) if layers == "early" else tuple(layers)
+    early = max(1, round(depth / 3)) if encoder_depth is None else encoder_depth
+    chosen = (early,) if layers == "early" else tuple(layers)
     if not chosen or any(not 1 <= i <= depth for i in chosen) or len(set(chosen)) != len(chosen):
         raise ConfigError(
             explain(
@@ -68,6 +70,19 @@ class Tap:
         return {"hidden": None, "armed": False}
 
 
+def _see_hooks_when_compiled() -> None:
+    """Makes compiled code notice our hooks.
+
+    torch.compile takes it that hooks never change: code of a model of the same class, or of this one before, would be
+    used again without them, and the taps would never fire.
+    """
+    import torch._dynamo
+
+    if torch._dynamo.config.skip_nnmodule_hook_guards:
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        torch._dynamo.reset()  # what is compiled from here on looks at hooks
+
+
 class Taps:
     """The taps of one model.
 
@@ -81,11 +96,18 @@ class Taps:
     def __init__(self, layers: tuple[int, ...]) -> None:
         self.layers = layers
         self.taps = [Tap() for _ in layers]
+        self.wrapper = WrapperCheck()
 
     def install(self, model: nn.Module, blocks: nn.ModuleList) -> None:
+        _see_hooks_when_compiled()
         model.register_forward_pre_hook(self.arm)
         for layer, tap in zip(self.layers, self.taps, strict=True):
             blocks[layer - 1].register_forward_hook(tap.capture)
+
+    def watch_calls(self, model: nn.Module) -> None:
+        """Without taps: looks at the model's calls all the same, see :meth:`arm`."""
+        _see_hooks_when_compiled()
+        model.register_forward_pre_hook(self.arm)
 
     def uninstall(self, model: nn.Module) -> None:
         owners = {id(self), *(id(tap) for tap in self.taps)}
@@ -96,6 +118,8 @@ class Taps:
 
     def arm(self, module: nn.Module, args: Any) -> None:
         armed = torch.is_grad_enabled()
+        if armed and not torch.compiler.is_compiling():
+            self.wrapper.enter(module)
         for tap in self.taps:
             tap.armed, tap.hidden = armed, None
 

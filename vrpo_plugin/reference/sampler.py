@@ -1,11 +1,13 @@
 """Samplers from noise (t = 1) to data (t = 0): Euler and Heun for the ODE, Euler-Maruyama for the SDE."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ from vrpo_plugin.functional.interpolant import (
     path_coefficients,
     time_like,
 )
+from vrpo_plugin.functional.tensors import widest_dtype
 
 Solver = Literal["euler", "heun", "euler_maruyama"]
 SOLVERS: tuple[str, ...] = get_args(Solver)
@@ -44,7 +47,8 @@ def sample(
     Args:
         model: ``model(x, t, y)`` gives the velocity, or a tuple that starts with it; x and t (B,) have
             the dtype of ``noise``. A module is in eval mode for the call, and as it was afterwards.
-        noise: standard normal (B, C, H, W), any floating dtype; the state in between is float64.
+        noise: standard normal (B, C, H, W), any floating dtype; the state in between is float64, on a device that has
+            none (MPS) float32.
         y: labels (B,), or None for an unconditional model.
         num_steps: steps, at least 1; Heun calls the model twice per step, except in the last.
         solver: ``euler``, ``heun`` or ``euler_maruyama``.
@@ -63,23 +67,40 @@ def sample(
 
     Source: SiT, arXiv 2401.08740, section 3; time grid of REPA@67f7145:samplers.py.
     """
-    _check_choice("solver", solver, SOLVERS)
     _check_choice("path_type", path_type, PATH_TYPES)
-    if num_steps < 1:
-        raise ConfigError(explain("num_steps", expected="at least 1", got=num_steps, do="Take more steps."))
+    _check_sampling(
+        solver=solver, num_steps=num_steps, guidance_scale=guidance_scale, guidance_interval=guidance_interval
+    )
     null_labels = _null_labels(model, y, guidance_scale, null_label)
     field = _Field(model, y, noise.dtype, guidance_scale, null_labels, guidance_interval)
+    x = noise.to(widest_dtype(noise.device))
     with _eval_mode(model):
         if solver == "euler_maruyama":
-            x = _solve_sde(field, noise.double(), num_steps, path_type, generator)
+            x = _solve_sde(field, x, num_steps, path_type, generator)
         else:
-            x = _solve_ode(field, noise.double(), num_steps, heun=solver == "heun")
+            x = _solve_ode(field, x, num_steps, heun=solver == "heun")
     return x.to(noise.dtype)
+
+
+def _check_sampling(
+    *, solver: str, num_steps: int, guidance_scale: float, guidance_interval: tuple[float, float]
+) -> None:
+    _check_choice("solver", solver, SOLVERS)
+    if not (num_steps >= 1 and num_steps == int(num_steps)):
+        raise ConfigError(explain("num_steps", expected="at least 1", got=num_steps, do="Correct it."))
+    if not 1 <= guidance_scale < math.inf:
+        do = "1 is no guidance."
+        raise ConfigError(explain("guidance_scale", expected="at least 1", got=guidance_scale, do=do))
+    low, high = guidance_interval
+    if not 0 <= low <= high <= 1:
+        raise ConfigError(
+            explain("guidance_interval", expected="0 <= low <= high <= 1", got=(low, high), do="Correct it.")
+        )
 
 
 @dataclass(frozen=True)
 class _Field:
-    """The model as a float64 velocity field, guided where a step starts inside the interval."""
+    """The model as a velocity field of the state's dtype, guided where a step starts inside the interval."""
 
     model: Callable[..., Any]
     y: Tensor | None
@@ -99,11 +120,15 @@ class _Field:
 
     def _velocity(self, x: Tensor, t: float, y: Tensor | None) -> Tensor:
         out = self.model(x.to(self.dtype), x.new_full((len(x),), t).to(self.dtype), y)
-        return (out[0] if isinstance(out, tuple) else out).double()
+        return (out[0] if isinstance(out, tuple) else out).to(x.dtype)
+
+
+def _times(first: float, last: float, count: int) -> list[float]:
+    return [float(t) for t in np.linspace(first, last, count)]
 
 
 def _solve_ode(field: _Field, x: Tensor, num_steps: int, *, heun: bool) -> Tensor:
-    times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
+    times = _times(1.0, 0.0, num_steps + 1)
     for t, t_next in pairwise(times):
         velocity = field(x, t, step_start=t)
         x_next = x + (t_next - t) * velocity
@@ -123,7 +148,7 @@ def _solve_sde(
         raise ConfigError(
             explain("generator", expected="a torch.Generator", got=None, do="Pass a seeded one for the SDE.")
         )
-    times = torch.linspace(1, LAST_STOCHASTIC_TIME, num_steps, dtype=torch.float64).tolist()
+    times = _times(1.0, LAST_STOCHASTIC_TIME, num_steps)
     for t, t_next in pairwise([*times, 0.0]):
         velocity = field(x, t, step_start=t)
         diffusion = 2 * t
@@ -145,8 +170,6 @@ def _score(x: Tensor, velocity: Tensor, t: float, path_type: PathType) -> Tensor
 
 def _null_labels(model: Callable[..., Any], y: Tensor | None, scale: float, null_label: int | None) -> Tensor | None:
     """Null labels (B,), or None where nothing is to be guided."""
-    if scale < 1:
-        raise ConfigError(explain("guidance_scale", expected="at least 1", got=scale, do="1 is no guidance."))
     if scale == 1:
         return None
     if null_label is None:

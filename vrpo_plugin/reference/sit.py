@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange, repeat
 from timm.layers import GELUTanh
@@ -292,12 +293,13 @@ def sincos_position_embedding(dim: int, grid_size: int) -> Tensor:
 
     Source: MAE, arXiv 2111.06377, as in REPA@67f7145:models/sit.py; timm's helper has the row first.
     """
-    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angle = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequencies
-    waves = torch.cat([angle.sin(), angle.cos()], dim=-1)
+    # In float64, which the default device may not have.
+    frequencies = 10000.0 ** -(np.arange(dim // 4) / (dim // 4))
+    angle = np.arange(grid_size)[:, None] * frequencies
+    waves = torch.from_numpy(np.concatenate([np.sin(angle), np.cos(angle)], axis=-1).astype(np.float32))
     columns = repeat(waves, "w d -> (h w) d", h=grid_size)
     rows = repeat(waves, "h d -> (h w) d", w=grid_size)
-    return torch.cat([columns, rows], dim=-1).float()
+    return torch.cat([columns, rows], dim=-1)
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

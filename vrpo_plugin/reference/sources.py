@@ -223,7 +223,7 @@ def open_source(data_dir: str | Path | None, resolution: int | None = None) -> S
 
     Args:
         data_dir: the data, or None.
-        resolution: side of the images in pixels; None means 8 for the digits and as stored for a file and REPA's layout.
+        resolution: side of the images in pixels; None means 8 for the digits, as stored for a file and REPA's layout.
 
     Returns:
         The source.
