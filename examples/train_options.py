@@ -28,6 +28,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "none": {"features": "none", "reward_coeff": 0.0},
 }
 
+# What a method's own recipe sets, where nothing else is said. Source: End2End-Diffusion/iREPA@99ad4ac:ldm/configs.
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {"irepa": {"proj_coeff": 1.0}}
+
 
 def _option(default: Any, help: str, **kwargs: Any) -> Any:
     return field(default=default, metadata={"help": help, **kwargs})
@@ -217,7 +220,7 @@ def parse_options(argv: Sequence[str] | None = None) -> tuple[TrainOptions, VRPO
         raise ConfigError(explain("method", expected=f"one of {tuple(METHODS)}", got=method, do="Choose one."))
     # A method on the command line is what a recipe of another one becomes; beside it, nothing may contradict it.
     _check_method(method, given if "method" in given else {**values, **given})
-    values = {**values, **METHODS[method], **given}
+    values = {**METHOD_DEFAULTS.get(method, {}), **values, **METHODS[method], **given}
     values["mixed_precision"] = _mixed_precision(values.get("mixed_precision"))
     options = TrainOptions(**{k: v for k, v in values.items() if k in own})
     config = VRPOConfig(**{k: v for k, v in values.items() if k not in own}).for_run(options.max_train_steps)

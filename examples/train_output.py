@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,12 @@ import torch
 from accelerate import Accelerator
 from einops import rearrange
 from torch import Tensor
-from tqdm import tqdm
 from train_options import ENCODER_PREFIX, FREE_ON_RESUME, TrainOptions
 
 import vrpo_plugin
 from vrpo_plugin import CheckpointError, ConfigError, NonFiniteError, VRPOConfig
 from vrpo_plugin.errors import explain
 from vrpo_plugin.evaluation.protocol import EvalProtocol, EvalResult, evaluate
-from vrpo_plugin.modules.collapse import describe_collapse
 from vrpo_plugin.reference.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, write_text_atomic
 from vrpo_plugin.reference.sampler import sample
 from vrpo_plugin.reference.sit import SiT
@@ -222,20 +219,6 @@ class SkippedSteps:
                         do="Weights and moments are those before that step: look at what is named there.",
                     )
                 )
-
-
-class FallbackNotice:
-    """Says once that the rewards have collapsed."""
-
-    def __init__(self) -> None:
-        self.said = False
-
-    def add(self, rows: Sequence[Mapping[str, float | int | None]]) -> None:
-        """Takes the rows of metrics.jsonl, in order."""
-        for row in rows:
-            if (reason := row.get("vrpo/fallback")) and not self.said:
-                self.said = True
-                tqdm.write(f"step {row['step']}: {describe_collapse(reason)}", file=sys.stderr)
 
 
 class Painter:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from train_options import TrainOptions, parse_options, to_dict
-from train_output import FallbackNotice, MetricBuffer, Painter, RunFolder, SkippedSteps
+from train_output import MetricBuffer, Painter, RunFolder, SkippedSteps
 from train_parts import (
     TrainingStep,
     build_decoder,
@@ -74,7 +74,7 @@ class Trainer:
         if self.painter is not None and accelerator.is_main_process:
             self.painter.load_network()
         self.metrics = MetricBuffer(accelerator)
-        self.skipped, self.fallback = SkippedSteps(options.max_skipped_steps), FallbackNotice()
+        self.skipped = SkippedSteps(options.max_skipped_steps)
         self.step = 0
 
     def resume(self) -> None:
@@ -170,7 +170,6 @@ class Trainer:
         self.skipped.add(rows)
         if not rows or not self.accelerator.is_main_process:
             return
-        self.fallback.add(rows)
         for row in rows:
             numbers = {k: v for k, v in row.items() if k != "step" and v is not None}
             self.accelerator.log(numbers, step=row["step"])

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from vrpo_plugin.errors import CheckpointError, ConfigError, ShapeError, WeightsNotFoundError, explain
-from vrpo_plugin.functional.tensors import require_pixels
+from vrpo_plugin.functional.tensors import require_pixels, resample_tokens
 
 _SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
 REPA_ENCODERS = {f"dinov2-vit-{k}": f"vit_{v}_patch14_dinov2.lvd142m" for k, v in _SIZES.items()} | {
@@ -66,7 +66,8 @@ class FrozenEncoder:
                 got = f"{type(error).__name__} at {input_size} x {input_size} pixels: {str(error)[:200]}"
                 raise _unsupported(name, got) from error
             _, self.dim, *own_grid = self._feature_map(features).shape
-        self.grid = tuple(token_grid or own_grid)
+        height, width = token_grid or own_grid
+        self.grid = height, width
 
     def __deepcopy__(self, memo: dict[int, object]) -> "FrozenEncoder":
         return self
@@ -95,9 +96,8 @@ class FrozenEncoder:
         """
         pixels = self.preprocess(images).to(next(self.model.parameters()).dtype)
         features = self._feature_map(self.model.forward_features(pixels)).float()
-        if features.shape[2:] != self.grid:
-            features = F.interpolate(features, self.grid, mode="bilinear", align_corners=False)
-        return rearrange(features, "b d h w -> b (h w) d")
+        grid = (features.shape[2], features.shape[3])
+        return resample_tokens(rearrange(features, "b d h w -> b (h w) d"), grid, self.grid)
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Normalises with the model's own mean and std, then resizes (bicubic): (B, 3, S, S) in float32."""

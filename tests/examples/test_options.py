@@ -44,6 +44,15 @@ def test_a_method_on_the_command_line_beats_the_recipe(tmp_path: Path) -> None:
     assert parse_options(["--config", str(recipe), "--method", "repa"])[1].reward_coeff == 0
 
 
+def test_irepa_has_its_own_weight_unless_another_is_given(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("proj_coeff: 0.7\n")
+    assert parse_options(["--data-dir", "x", "--method", "irepa"])[1].proj_coeff == 1.0
+    assert parse_options(["--data-dir", "x", "--method", "repa"])[1].proj_coeff == 0.5
+    assert parse_options(["--config", str(recipe), "--method", "irepa"])[1].proj_coeff == 0.7
+    assert parse_options(["--data-dir", "x", "--method", "irepa", "--proj-coeff", "0.2"])[1].proj_coeff == 0.2
+
+
 CONTRADICTIONS = [
     ("repa", "reward_coeff", "2"),
     ("repa", "features", "none"),

@@ -7,7 +7,14 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from vrpo_plugin.errors import ConfigError, ShapeError
-from vrpo_plugin.functional.interpolant import PATH_TYPES, PathType, clean_estimate, noisy_sample, path_coefficients
+from vrpo_plugin.functional.interpolant import (
+    PATH_TYPES,
+    PathType,
+    clean_estimate,
+    estimate_from_velocity,
+    noisy_sample,
+    path_coefficients,
+)
 
 TIMES = torch.tensor([0.0, 0.1, 0.5, 0.75, 0.999, 1.0], dtype=torch.float64)
 
@@ -125,3 +132,25 @@ def test_no_host_sync(path_type: PathType) -> None:
         x0, t = torch.randn(4, 3, 2, 2), torch.rand(4)
         x_t, velocity = noisy_sample(x0, torch.randn_like(x0), t, path_type)
         assert clean_estimate(x_t, velocity, t, path_type).shape == x0.shape
+
+
+def vp_coefficients(t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """SiT's VP path (betas from 0.1 to 20), in its time: 0 is noise."""
+    log_alpha = -0.25 * (1 - t) ** 2 * (20 - 0.1) - 0.5 * (1 - t) * 0.1
+    slope = 0.5 * (1 - t) * (20 - 0.1) + 0.5 * 0.1
+    alpha = log_alpha.exp()
+    sigma = (1 - alpha**2).sqrt()
+    return alpha, sigma, alpha * slope, -(alpha**2) * slope / sigma
+
+
+def test_the_gradient_of_an_estimate_on_the_vp_path_is_bounded() -> None:
+    t = torch.tensor([0.001, 0.1, 0.5, 0.9, 0.999], dtype=torch.float64)[:, None]
+    alpha, sigma, alpha_dot, sigma_dot = vp_coefficients(t)
+    x0, noise = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    velocity = (alpha_dot * x0 + sigma_dot * noise).requires_grad_()
+    estimate = estimate_from_velocity(alpha * x0 + sigma * noise, velocity, alpha, sigma, alpha_dot, sigma_dot)
+    torch.testing.assert_close(estimate.detach(), x0, rtol=1e-8, atol=1e-8)
+    (gradient,) = torch.autograd.grad(estimate.sum(), velocity)
+    slope = -sigma / (alpha * sigma_dot - alpha_dot * sigma)
+    torch.testing.assert_close(gradient, slope.clamp(-1, 1).expand(5, 3))
+    assert slope.abs().max() > 10 and slope.abs().min() < 1

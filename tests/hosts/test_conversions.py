@@ -108,9 +108,9 @@ class Paths:
         }[prediction]
 
     def gradient(self, prediction: str) -> Tensor:
-        """What docs/equations.md, 2b, promises in place of it where noise is predicted: bounded by 1."""
+        """What docs/equations.md, 2 and 2b, promises in place of it: bounded by 1."""
         bounded = {"noise": -self.sigma, "score": self.sigma**2}  # noise = -sigma score
-        return bounded[prediction] if prediction in bounded else self.response(prediction)
+        return bounded[prediction] if prediction in bounded else self.response(prediction).clamp(-1, 1)
 
 
 @dataclass
@@ -268,7 +268,7 @@ def test_an_exact_prediction_gives_the_clean_latent_and_an_error_its_response(se
     assert (tolerance <= 1e-4).sum() >= 5
 
 
-def test_the_gradient_is_the_response_and_bounded_where_noise_is_predicted(seen: Seen) -> None:
+def test_the_gradient_is_the_response_and_bounded(seen: Seen) -> None:
     x0_hat, channels = seen.received["x0_hat"], seen.x0.shape[1]
     upstream = torch.randn_like(x0_hat)
     (gradient,) = torch.autograd.grad(x0_hat, seen.output, upstream, retain_graph=True)

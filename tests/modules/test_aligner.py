@@ -219,6 +219,35 @@ def test_spatial_normalisation_of_the_targets() -> None:
     torch.testing.assert_close(out.critic_loss, 1 - cosine(aligner.critic(batch.x0).tokens[0], normalised).mean())
 
 
+def test_spatial_normalisation_leaves_class_tokens_alone() -> None:
+    aligner, batch = tiny_aligner(target_norm="spatial", prefix_tokens=1, features="none"), make_batch(4)
+    plain = tiny_aligner(target_norm="spatial", features="none")
+    plain.load_state_dict(aligner.state_dict())
+    z, token = batch.z[0], 100 * torch.randn(4, 1, 12)
+    with_token = aligner(torch.cat([token, z], 1), **latents(batch))
+    torch.testing.assert_close(with_token.critic_loss, plain(z, **latents(batch)).critic_loss)
+    aligner, hidden = tiny_aligner(target_norm="spatial", prefix_tokens=1, reward_coeff=0.0), torch.randn(4, 17, 32)
+    normalised = torch.cat([token, (z - 0.6 * z.mean(1, keepdim=True)) / (z.std(1, keepdim=True) + 1e-6)], 1)
+    out = aligner(torch.cat([token, z], 1), hidden=hidden)
+    torch.testing.assert_close(out.features_loss, -cosine(aligner.projectors[0](hidden), normalised).mean(), **FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "warned"),
+    [
+        ({}, False),
+        ({"scale": "batch", "reward_coeff": 0.12}, False),
+        ({"scale": "batch"}, True),
+        ({"scale": "group"}, True),
+    ],
+)
+def test_a_scale_that_changes_the_meaning_of_the_weight_is_said(
+    settings: dict[str, Any], warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_aligner(**{"reward_coeff": 1.2, **settings})
+    assert any("acts like 12" in text for *_, text in caplog.record_tuples) == warned
+
+
 def test_targets_on_another_grid_are_resampled() -> None:
     aligner, batch = tiny_aligner(token_grid=(4, 4)), make_batch(4, tokens=64)
     hidden = torch.randn(4, 16, 32)

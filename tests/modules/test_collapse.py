@@ -34,7 +34,30 @@ def test_a_collapse_is_found_and_stays(reason: int, changed: dict[str, float]) -
     assert feed(watch, LONG) == 0 and watch.share == 1
     assert feed(watch, LONG, **changed) == reason and watch.share == 0
     assert feed(watch, LONG) == reason, "healthy again, and too late"
-    assert SIGNALS[reason - 1][1] in describe_collapse(reason)
+    assert SIGNALS[reason - 1][2] in describe_collapse(reason)
+
+
+@pytest.mark.parametrize("best", [0.02, 0.09])
+@pytest.mark.parametrize("signal", ["agreement", "live"])
+def test_what_has_never_been_above_noise_cannot_collapse(signal: str, best: float) -> None:
+    watch = CollapseWatch()
+    assert feed(watch, LONG, **{signal: best}) == 0
+    assert feed(watch, LONG, **{signal: best / 30}) == 0, "an untrained critic, or a long warm-up"
+    assert feed(watch, LONG, **{signal: 0.5}) == 0, "it learns at last"
+    assert feed(watch, LONG, **{signal: best / 30}) == {"agreement": 1, "live": 2}[signal]
+
+
+@pytest.mark.parametrize("fallback", [True, False])
+def test_an_own_loop_is_told_once_in_words(fallback: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model = TinySiT()
+    aligner = tiny_aligner(fallback=fallback).attach(model)
+    assert aligner.generation is not None
+    for call in range(160):
+        if call == 10:
+            aligner.generation.watch.reason.fill_(1)
+        align(model, aligner, make_batch(2, seed=call))
+    said = [text for *_, text in caplog.record_tuples if "lost their weight" in text]
+    assert said == ([f"vrpo_plugin: {describe_collapse(1)}"] if fallback else [])
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def clean_estimate(x_t: Tensor, velocity: Tensor, t: Tensor, path_type: PathType
     Source: solves SiT's (arXiv 2401.08740) section 2 for x_0.
     """
     require_shape("velocity", velocity, x_t.shape)
-    return estimate_from_velocity(x_t, velocity, *path_coefficients(time_like(t, x_t), path_type))
+    return _solve_for_data(x_t, velocity, *path_coefficients(time_like(t, x_t), path_type))
 
 
 def estimate_from_velocity(
@@ -102,6 +102,9 @@ def estimate_from_velocity(
 ) -> Tensor:
     """One-step estimate of the clean latent on any path and in any direction of time (equation 2).
 
+    Its derivative by the velocity, -sigma / (alpha sigma_dot - alpha_dot sigma), grows without bound on SiT's VP path,
+    where data hardly change any more; the gradient is taken as if it were at most 1, as on the linear path.
+
     Args:
         x_t: alpha x_0 + sigma noise, (B, C, H, W).
         velocity: prediction of alpha_dot x_0 + sigma_dot noise, same shape.
@@ -112,6 +115,20 @@ def estimate_from_velocity(
 
     Source: solves SiT's (arXiv 2401.08740) section 2 for x_0.
     """
+    slope = sigma / (alpha * sigma_dot - alpha_dot * sigma)
+    excess = slope - slope.clamp(-1, 1)
+    value = _solve_for_data(x_t, velocity, alpha, sigma, alpha_dot, sigma_dot)
+    return value + excess * (velocity - velocity.detach())
+
+
+def _solve_for_data(
+    x_t: Tensor,
+    velocity: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    alpha_dot: Tensor | float,
+    sigma_dot: Tensor | float,
+) -> Tensor:
     return (sigma_dot * x_t - sigma * velocity) / (alpha * sigma_dot - alpha_dot * sigma)
 
 

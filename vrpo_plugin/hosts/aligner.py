@@ -17,13 +17,19 @@ class HostAligner(VRPOAligner):
     the copy's weights load strictly in the host's own sampling scripts. Where a checkpoint holds nothing of it, it
     keeps its own values, so that such weights load strictly here too.
 
+    Args:
+        earlier_calls: of a run that was begun without the aligner; its schedules go on there, and end with the run.
+        **kwargs: of :class:`VRPOAligner`.
+
     Raises:
         CheckpointError: on loading, the checkpoint's aligner has other shapes.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    says_collapse = False  # the tracker does, in compiled hosts too
+
+    def __init__(self, *, earlier_calls: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.is_copy = False
+        self.is_copy, self.earlier_calls = False, earlier_calls
         self.register_state_dict_post_hook(_hide_in_a_copy)
         self.register_load_state_dict_pre_hook(_keep_own_values)
 
@@ -46,6 +52,7 @@ def _keep_own_values(module: Any, state_dict: dict[str, Any], prefix: str, *_: o
         _compare(module, state_dict, prefix)
         return
     copied, module.is_copy = module.is_copy, False
+    module.step.fill_(module.earlier_calls)
     state_dict.update(module.state_dict(prefix=prefix))
     module.is_copy = copied
     if not copied:

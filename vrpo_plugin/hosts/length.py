@@ -21,7 +21,9 @@ def parsed_length(session: Session) -> Sequence[Seam]:
             parsed = original(self, *args, **kwargs)
             steps = getattr(parsed, "max_train_steps", None)
             if steps:
-                session.total_calls = steps * getattr(parsed, "gradient_accumulation_steps", 1)
+                calls = getattr(parsed, "gradient_accumulation_steps", 1)
+                session.total_calls = steps * calls
+                session.earlier_calls = (getattr(parsed, "resume_step", None) or 0) * calls
             return parsed
 
         return parse_args

@@ -49,6 +49,7 @@ class Session:
         self.tracker = Tracker(options.log_every if spec.log_key is None else 0, self.guard, options.max_skipped_steps)
         self.targets: Any = None  # of hosts whose encoder we make
         self.total_calls: int | None = None  # of the aligner in this run, where the host says it
+        self.earlier_calls = 0  # that a resumed run has made, with an aligner or without
         self.cache: dict[str, Any] = {}  # of the host's own conversion: constants on the device
         self.constructor_fixes: list[Callable[[dict[str, Any]], None]] = []  # of the shims
         self.aligner_parameters: set[int] = set()
@@ -84,6 +85,7 @@ class Session:
             own_projectors=not self.uses_host_projectors,
             prefix_tokens=self.spec.prefix_tokens,
             config=config,
+            earlier_calls=self.earlier_calls,
         )
         aligner.attach(model, getattr(model, self.spec.blocks))
         self.guard.aligner = aligner

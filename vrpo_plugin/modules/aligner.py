@@ -41,11 +41,12 @@ from vrpo_plugin.modules.inputs import (
     warn_without_gradient,
 )
 from vrpo_plugin.modules.projector import build_projector
-from vrpo_plugin.modules.standstill import UpdateWatch, wrapped_too_early
+from vrpo_plugin.modules.standstill import CollapseNotice, UpdateWatch, wrapped_too_early
 from vrpo_plugin.modules.statistics import update_buffer
 from vrpo_plugin.modules.taps import Taps, resolve_layers
 
 logger = logging.getLogger("vrpo_plugin")
+LARGE_SCALED_COEFF = 0.3  # of scaled advantages: more than twice the default's tenth
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ class VRPOAligner(nn.Module):
     """
 
     step: Tensor
+    says_collapse = True  # False where somebody else does, who reads the metrics
 
     def __init__(
         self,
@@ -150,10 +152,24 @@ class VRPOAligner(nn.Module):
         self.taps = Taps(self.layers)
         self._seen: set[Any] = set()  # kinds of input that were checked
         self._watch = UpdateWatch()
+        self._collapse = CollapseNotice()
         with torch.random.fork_rng(devices=[]):
             self.projectors = self._build_projectors()
             self.generation = self._build_generation(latent_shape, rewards or {}, black_box_rewards or {})
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        if (
+            self.generation is not None
+            and self.config.scale != "none"
+            and self.config.reward_coeff > LARGE_SCALED_COEFF
+        ):
+            logger.warning(
+                "scale=%s divides advantages by their deviation, about 0.1 in our runs, so reward_coeff=%g acts like %g "
+                "without a scale. A tenth of the weight is alike: %g for the default.",
+                self.config.scale,
+                self.config.reward_coeff,
+                10 * self.config.reward_coeff,
+                VRPOConfig.reward_coeff / 10,
+            )
         if (
             self.generation is not None
             and self.config.reward_release == "linear"
@@ -348,10 +364,14 @@ class VRPOAligner(nn.Module):
         if self.training and not compiling:
             self._watch.look(self)
             self.taps.wrapper.leave()
+            if self.generation is not None and self.config.fallback and self.says_collapse:
+                self._collapse.look(self.generation.watch.reason)
         if self.training:
             update_buffer(self, "step", self.step + 1)
         if self.config.target_norm == "spatial":
-            targets = tuple(spatial_normalize(target) for target in targets)
+            # Over the grid alone: a class token is no place in the image.
+            prefix = self.prefix_tokens
+            targets = tuple(torch.cat([z[:, :prefix], spatial_normalize(z[:, prefix:])], 1) for z in targets)
         zero = torch.zeros((), device=targets[0].device)
         features_loss, metrics, rewards = zero, {}, {}
         if tokens or projected:

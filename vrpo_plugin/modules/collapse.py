@@ -9,11 +9,16 @@ from vrpo_plugin.modules.statistics import update_buffer
 DECAY = 0.99
 WARM_UP = 200  # updates before anything is judged: a critic that learns beside the model starts from nothing
 SMALLEST_ERROR = 1e-4  # squared errors below it count as it
-# What each signal may lose of its best before that is a collapse, and what it then means.
+# What each signal may lose of its best before that is a collapse, the best below which it is noise and not judged, and
+# what a collapse means.
 SIGNALS = (
-    (0.5, "the critic's agreement with the encoder (vrpo/critic_cos) has fallen to less than half of its best"),
-    (0.05, "the rewards no longer tell the samples of a group apart (vrpo/frac_reward_zero_std)"),
-    (2 / 3, "fidelity, which is not optimised, has worsened by half (vrpo/reward/fidelity) while the rewards have not"),
+    (0.5, 0.1, "the critic's agreement with the encoder (vrpo/critic_cos) has fallen to less than half of its best"),
+    (0.05, 0.1, "the rewards no longer tell the samples of a group apart (vrpo/frac_reward_zero_std)"),
+    (
+        2 / 3,
+        0.0,
+        "fidelity, which is not optimised, has worsened by half (vrpo/reward/fidelity) while the rewards have not",
+    ),
 )
 
 
@@ -35,6 +40,7 @@ class CollapseWatch(nn.Module):
     updates: Tensor
     reason: Tensor
     limits: Tensor
+    floors: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +50,8 @@ class CollapseWatch(nn.Module):
         self.register_buffer("reward_at_best", torch.zeros(()))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("reason", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("limits", torch.tensor([limit for limit, _ in SIGNALS]), persistent=False)
+        self.register_buffer("limits", torch.tensor([limit for limit, _, _ in SIGNALS]), persistent=False)
+        self.register_buffer("floors", torch.tensor([floor for _, floor, _ in SIGNALS]), persistent=False)
 
     @torch.no_grad()
     def update(self, agreement: Tensor, live: Tensor, fidelity: Tensor, reward: Tensor) -> None:
@@ -70,7 +77,8 @@ class CollapseWatch(nn.Module):
         better = ready & (signals > self.best)
         best = torch.where(better, signals, self.best)
         reward_at_best = torch.where(better[-1], reward, self.reward_at_best)
-        fallen = ready & (signals < self.limits * best)
+        # A critic that has never agreed with the encoder, untrained or in a long warm-up, has nothing to lose.
+        fallen = ready & (best >= self.floors) & (signals < self.limits * best)
         # Where the rewards have fallen too, it is the training that went wrong: letting go of them would cure nothing.
         parted = torch.stack([fallen[0], fallen[1], fallen[2] & (reward >= reward_at_best)])
         found = torch.where(parted.any(), parted.float().argmax() + 1, 0)
@@ -89,7 +97,7 @@ class CollapseWatch(nn.Module):
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         # As in RewardStatistics: bfloat16 would round away an update of one percent.
         super()._apply(fn, recurse)
-        for name in ("total", "weight", "best", "reward_at_best", "limits"):
+        for name in ("total", "weight", "best", "reward_at_best", "limits", "floors"):
             setattr(self, name, getattr(self, name).float())
         return self
 
@@ -97,6 +105,6 @@ class CollapseWatch(nn.Module):
 def describe_collapse(reason: float) -> str:
     """What to tell the user of a reason that is not 0."""
     return (
-        f"{SIGNALS[int(reason) - 1][1]}: the rewards have lost their weight for the rest of this run, and the static "
+        f"{SIGNALS[int(reason) - 1][2]}: the rewards have lost their weight for the rest of this run, and the static "
         "alignment goes on alone. Look at these curves; to go on with the rewards, resume with fallback=False."
     )

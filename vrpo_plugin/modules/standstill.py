@@ -1,18 +1,24 @@
 """Noticing that something is not trained, without waiting for the device on every step."""
 
+import logging
 import warnings
 import weakref
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vrpo_plugin.errors import ConfigError, PatchConflictError, explain
+from vrpo_plugin.modules.collapse import describe_collapse
+
+logger = logging.getLogger("vrpo_plugin")
 
 ZERO_STEPS = 100  # in a row, before they are said to be a standstill
 ZERO_LOOK = 50  # steps between looks at that count
+COLLAPSE_LOOK = 50  # calls between looks at a collapse
 FIRST_LOOK = 16  # calls; then at twice as many, until the model itself has been updated
 
 
@@ -95,6 +101,31 @@ class LaterRead:
     def values(self) -> list[Any]:
         """The numbers."""
         return self._values.tolist()
+
+
+class CollapseNotice:
+    """Says once, on the first process, that the rewards have lost their weight. A copy begins afresh."""
+
+    def __init__(self) -> None:
+        self.said = False
+        self._calls = 0
+        self._answer: LaterRead | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return CollapseNotice().__dict__
+
+    def look(self, reason: Tensor) -> None:
+        """Counts a call in training mode; ``reason`` is :class:`CollapseWatch`'s."""
+        if self.said:
+            return
+        if self._answer is not None and self._answer.is_there():
+            (found,), self._answer = self._answer.values(), None
+            self.said = bool(found)
+            if found and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+                logger.warning("vrpo_plugin: %s", describe_collapse(found))
+        self._calls += 1
+        if self._calls % COLLAPSE_LOOK == 0:
+            self._answer = LaterRead(reason[None])
 
 
 class WrapperCheck:

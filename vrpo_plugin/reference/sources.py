@@ -398,7 +398,8 @@ def _read_array(path: Path) -> np.ndarray:
 
 def _read_npz(path: Path, name: str) -> np.ndarray:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        # Opened here: numpy leaves a file open that it cannot read.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return arrays[name]
     except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise data_error(path, f"an npz file with an array {name!r}", error, "Write it with numpy.savez.") from error
