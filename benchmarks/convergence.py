@@ -26,6 +26,7 @@ from convergence_cost import measure_costs
 from convergence_parts import Benchmark, Run
 from convergence_recipe import JUDGES, read_recipe
 from convergence_report import alarms, plot, ratio_lines, summarize, table
+from convergence_run import Judge
 from tqdm import tqdm
 
 from vrpo_plugin import VRPOError, __version__
@@ -134,13 +135,26 @@ def main() -> None:
     records = [record for run in runs if (record := run.record())["points"]]
     costs = _costs(benchmark, methods, device)
     summary = summarize(records, recipe.baseline, recipe.candidate, JUDGES, costs)
+    floor = _floor(benchmark, device)
     result = {"protocol": protocol_of(benchmark, accuracy), "costs": costs, "runs": records, "summary": summary}
+    result["floor"] = floor
     write_text_atomic(arguments.output / f"{recipe.name}.json", json.dumps(result, indent=1) + "\n")
     plot(records, JUDGES, costs, arguments.output / f"{recipe.name}.png")
-    print(table(records, JUDGES, costs))
+    print(table(records, JUDGES, costs, floor))
     for alarm in alarms(records):
         print("ALARM:", alarm)
     print(ratio_lines(summary))
+
+
+def _floor(benchmark: Benchmark, device: torch.device) -> dict[str, Any] | None:
+    """Measured once per way of judging, and kept."""
+    file = benchmark.output / "floor.json"
+    judging = json.loads(json.dumps(Run(benchmark, benchmark.recipe.baseline, 0).judging()))
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if known.get("judging") != judging:
+        known = {"judging": judging, "floor": Judge(benchmark, device).floor()}
+        write_text_atomic(file, json.dumps(known, indent=1) + "\n")
+    return known["floor"]
 
 
 def _costs(benchmark: Benchmark, methods: list[str], device: torch.device) -> dict[str, dict[str, Any]]:

@@ -72,6 +72,12 @@ class Benchmark:
         found = self._part("test", "val") or self.training_data
         return all_images(open_source(found, self.recipe.resolution), self.recipe.evaluation.held_out)[0]
 
+    def unseen(self, count: int) -> Tensor | None:
+        """So many images uint8 (N, C, H, W) of ``DATA``'s test or val; None where there are fewer, or neither."""
+        found = self._part("test", "val")
+        source = open_source(found, self.recipe.resolution) if found else None
+        return all_images(source, count)[0] if source is not None and len(source) >= count else None
+
     def network_file(self, name: str) -> Path:
         """Where a network is kept."""
         return self.output / "networks" / f"{name}.safetensors"

@@ -120,8 +120,13 @@ def summarize(
     return {**chosen, "baseline": baseline, "candidate": candidate, "judge": judges[0], "methods": compared}
 
 
-def table(runs: Sequence[Record], judges: Sequence[str], costs: Mapping[str, Any]) -> str:
-    """Markdown: one row per method, means over its seeds, distances with their standard deviation."""
+def table(
+    runs: Sequence[Record], judges: Sequence[str], costs: Mapping[str, Any], floor: Mapping[str, Any] | None = None
+) -> str:
+    """Markdown: one row per method, means over its seeds, distances with their standard deviation.
+
+    ``floor``: what real images get that are not of the reference, in each judge; the last row.
+    """
     head = ["method", "seeds", "MMAC", "critic", "its training", *(f"FD {judge}" for judge in judges)]
     guided = is_guided(runs)
     head += [f"best guidance, {judge}" for judge in judges if guided]
@@ -143,6 +148,11 @@ def table(runs: Sequence[Record], judges: Sequence[str], costs: Mapping[str, Any
                 cells.append(f"{statistics.mean(point['judges'][judges[0]][name] for point in points):.3f}")
         cells.append(f"{statistics.mean(end['denoising_loss'] for end in ends):.4f}")
         lines.append("| " + " | ".join(cells) + " |")
+    if floor:
+        cells = ["real images, held out", *[""] * 4, *(f"{floor[judge]['fd']:.2f}" for judge in judges)]
+        cells += [""] * (len(judges) if guided else 0)
+        cells += [f"{floor[judges[0]][name]:.3f}" for name in ("precision", "recall")]
+        lines.append("| " + " | ".join(cells + [""] * (len(head) - len(cells))) + " |")
     return "\n".join(lines)
 
 

@@ -39,7 +39,7 @@ class Judge:
     """
 
     def __init__(self, benchmark: Benchmark, device: torch.device) -> None:
-        self.device = device
+        self.benchmark, self.device = benchmark, device
         self.recipe = benchmark.recipe.evaluation
         self.source = benchmark.source()
         real, _ = all_images(self.source, self.recipe.reference)
@@ -47,6 +47,13 @@ class Judge:
         self.real = {name: extract_features(network, real) for name, network in self.networks.items()}
         self.encoder = benchmark.network(ENCODER).to(device)
         self.held_out = benchmark.held_out().to(device)
+
+    def floor(self) -> dict[str, dict[str, float]] | None:
+        """What as many real images as samples get, of a split that no reference is from; None where there is none."""
+        images = self.benchmark.unseen(self.recipe.samples)
+        if images is None:
+            return None
+        return {n: self._distances(n, extract_features(network, images)) for n, network in self.networks.items()}
 
     def judge(
         self, run: Run, step: int, guidance: float, ema: Mapping[str, Tensor], state: Mapping[str, Tensor]

@@ -112,6 +112,7 @@ def _recipe(stage: Stage, plan: Plan, results: dict[str, Any]) -> str | None:
     wanted = [Run(benchmark, method, seed) for seed in recipe.seeds for method in recipe.methods]
     missing = [run for run in wanted if not _is_finished(run, records.get((run.method, run.seed)))]
     judge = Judge(benchmark, stage.device)
+    floor = judge.floor()
     costs: dict[str, Any] = results.get(plan.recipe, {}).get("costs", {})
     if not costs:
         costs = measure_costs(benchmark, list(recipe.methods), stage.device)
@@ -119,6 +120,7 @@ def _recipe(stage: Stage, plan: Plan, results: dict[str, Any]) -> str | None:
     def keep(round_of_steps: dict[str, float] | None = None) -> None:
         listed = [records[run.method, run.seed] for run in wanted if (run.method, run.seed) in records]
         entry = {"steps": benchmark.recipe.evaluation.steps[-1], "protocol": _protocol(benchmark), "costs": costs}
+        entry["floor"] = floor
         entry |= {"runs": listed, "summary": _summary(benchmark.recipe, listed, costs)}
         entry |= {
             "measured": stage.stamp,
@@ -133,11 +135,13 @@ def _recipe(stage: Stage, plan: Plan, results: dict[str, Any]) -> str | None:
     finished = [record for record in results.get(plan.recipe, {}).get("runs", []) if record["points"]]
     if not finished:
         return None
-    return _report(benchmark.recipe, finished, costs)
+    return _report(benchmark.recipe, finished, costs, floor)
 
 
-def _report(recipe: Recipe, records: Sequence[Mapping[str, Any]], costs: Mapping[str, Any]) -> str:
-    lines = [table(records, JUDGES, costs), ""]
+def _report(
+    recipe: Recipe, records: Sequence[Mapping[str, Any]], costs: Mapping[str, Any], floor: Mapping[str, Any] | None
+) -> str:
+    lines = [table(records, JUDGES, costs, floor), ""]
     lines += [f"ALARM: {alarm}" for alarm in alarms(records)]
     return "\n".join([*lines, ratio_lines(_summary(recipe, records, costs))])
 

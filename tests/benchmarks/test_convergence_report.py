@@ -28,6 +28,15 @@ RUNS, COSTS = STORED["runs"], STORED["costs"]
 JUDGES = ("classes", "rotation")
 
 
+def test_the_floor_is_the_last_row() -> None:
+    floor = {judge: {"fd": 0.04, "precision": 0.9, "recall": 0.8} for judge in JUDGES}
+    plain, lines = table(RUNS, JUDGES, COSTS).splitlines(), table(RUNS, JUDGES, COSTS, floor).splitlines()
+    assert lines[:-1] == plain and {line.count("|") for line in lines} == {plain[0].count("|")}
+    cells = dict(zip(lines[0].split(" | "), lines[-1].split(" | "), strict=True))
+    assert cells["FD classes"] == cells["FD rotation"] == "0.04"
+    assert (cells["precision"], cells["recall"]) == ("0.900", "0.800") and "real images" in lines[-1]
+
+
 def test_steps_to_a_distance() -> None:
     points = [(100, 16.0), (200, 4.0), (300, 1.0)]
     assert steps_to(points, 20.0) == 100

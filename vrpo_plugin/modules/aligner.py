@@ -163,8 +163,8 @@ class VRPOAligner(nn.Module):
             and self.config.reward_coeff > LARGE_SCALED_COEFF
         ):
             logger.warning(
-                "scale=%s divides advantages by their deviation, about 0.1 in our runs, so reward_coeff=%g acts like %g "
-                "without a scale. A tenth of the weight is alike: %g for the default.",
+                "scale=%s divides advantages by their deviation, about 0.1 in our runs, so reward_coeff=%g acts like "
+                "%g without a scale. A tenth of the weight is alike: %g for the default.",
                 self.config.scale,
                 self.config.reward_coeff,
                 10 * self.config.reward_coeff,
