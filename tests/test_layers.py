@@ -25,7 +25,7 @@ MAY: dict[str, set[str]] = {
     "reference": {"functional", "errors", "config", "torch", "timm", "einops", "numpy", "safetensors"},
     "evaluation": {"errors", "config", "functional", "encoders", "scipy", "torch", "numpy", "einops", "safetensors"},
     "patching": {"errors"},
-    "targets": {"errors", "encoders", "reference", "evaluation", "torch"},
+    "targets": {"errors", "encoders", "modules", "reference", "evaluation", "torch"},
 }
 MAY_INSIDE_FUNCTIONS: dict[str, set[str]] = {
     "perceptual": {"timm", "lpips", "torchvision", "safetensors", "huggingface_hub"},

@@ -1,16 +1,19 @@
 """``vrpo train-critic`` and the critic file that a run loads."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from vrpo_plugin import CheckpointError, ConfigError, DataError, VRPOAligner
+from vrpo_plugin import CheckpointError, ConfigError, DataError, VRPOAligner, VRPOConfig
 from vrpo_plugin.cli import main
+from vrpo_plugin.evaluation.small_training import train_small_features
 from vrpo_plugin.modules.critic import LatentCritic, load_critic_weights
 from vrpo_plugin.pretrain import HELD_OUT_EVERY, CriticTraining, Part, train_critic
-from vrpo_plugin.reference.sources import DigitsSource
+from vrpo_plugin.reference.sit import create_sit
+from vrpo_plugin.reference.sources import DigitsSource, all_images
 from vrpo_plugin.targets import load_targets
 
 OPTIONS = (
@@ -47,6 +50,23 @@ def test_run_uses_it_frozen(trained: Path) -> None:
     assert not any(p.requires_grad for p in aligner.critic.parameters())
     with pytest.raises(CheckpointError, match="width"):
         VRPOAligner(**sizes, critic_width=32, critic_checkpoint=str(trained))
+
+
+def test_a_run_with_another_encoder_normalisation_or_data_is_refused(trained: Path, tmp_path: Path) -> None:
+    source, options = DigitsSource(), {"critic_width": 16, "critic_checkpoint": str(trained)}
+    own = load_targets("small", source, checkpoint=str(trained.with_suffix(".encoder.safetensors")))
+    model = create_sit("SiT-Ti/2", input_size=8, in_channels=1, num_classes=10)
+    VRPOAligner.from_model(model, own, **options)
+    VRPOAligner.from_model(model, own, config=VRPOConfig(**options, critic_trainable=False))
+    with pytest.raises(CheckpointError, match="critic of target_norm spatial, got none"):
+        VRPOAligner.from_model(model, own, target_norm="spatial", **options)
+    images, labels = all_images(source, 200)
+    train_small_features(images, labels, seed=5, steps=2).save(tmp_path / "other.safetensors")
+    other = load_targets("small", source, checkpoint=str(tmp_path / "other.safetensors"))
+    with pytest.raises(CheckpointError, match=r"critic of encoder small-\S+, got small-\S+\. Train one"):
+        VRPOAligner.from_model(model, other, **options)
+    with pytest.raises(CheckpointError, match=r"latent_scale 0\.18215, got 1\.0"):
+        VRPOAligner.from_model(model, replace(own, latent_scale=0.18215), **options)
 
 
 def test_existing_output_is_kept(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

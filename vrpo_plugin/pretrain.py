@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,9 @@ def train_critic(settings: CriticTraining) -> dict[str, Any]:
         if step % max(1, settings.steps // 10) == 0 or step == settings.steps:
             agreement = _agreement(critic, held_out, targets.encode, settings, accelerator.device)
             bar.set_postfix(train=f"{cosine.item():.3f}", held_out=f"{agreement:.3f}")
+    made_for = replace(targets.critic_purpose(), target_norm="none")
     record = {**asdict(settings), "held_out_cosine": agreement, "data_fingerprint": source.fingerprint()}
+    record["made_for"] = asdict(made_for)
     if accelerator.is_main_process:
         save_critic(critic, output, record=record)
     accelerator.end_training()

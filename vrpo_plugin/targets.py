@@ -3,12 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vrpo_plugin.encoders import load_encoders
+from vrpo_plugin.encoders import FrozenEncoders, load_encoders
 from vrpo_plugin.errors import ConfigError, explain
+from vrpo_plugin.modules.critic import CriticPurpose
+from vrpo_plugin.reference.data import LATENTS_SCALE
 from vrpo_plugin.reference.sources import Source, all_images
 
 SMALL = "small"
@@ -24,11 +27,29 @@ class Targets:
         dims: D of each network.
         grid: (h, w) of their tokens.
         encode: uint8 images (B, C, H, W) to one (B, h * w, D) per network, without gradient.
+        identify: names and hashes of the networks, which takes seconds where they are large.
+        resolution: side in pixels of the images.
+        latent_scale: factor on the latents of the same data; 1 for pixels.
     """
 
     dims: tuple[int, ...]
     grid: tuple[int, int]
     encode: Callable[[Tensor], tuple[Tensor, ...]]
+    identify: Callable[[], str] | None = None
+    resolution: int | None = None
+    latent_scale: float | None = None
+
+    def critic_purpose(self) -> CriticPurpose:
+        """What a critic of these targets is for."""
+        encoder = self.identify() if self.identify is not None else None
+        return CriticPurpose(encoder=encoder, latent_scale=self.latent_scale, resolution=self.resolution)
+
+
+def identify(encoders: FrozenEncoders) -> str:
+    """Names of encoders, each with eight digits that change with its weights."""
+    from vrpo_plugin.evaluation.small_network import weights_hash
+
+    return ", ".join(f"{one.name} ({weights_hash(one.model.state_dict())})" for one in encoders.encoders)
 
 
 def load_targets(
@@ -58,6 +79,10 @@ def load_targets(
         if shape[-1] != shape[-2]:
             do = "Crop the images before they are encoded."
             raise ConfigError(explain(name, expected="squares, as the encoders see them", got=shape, do=do))
+    of_data: dict[str, Any] = {
+        "resolution": source.image_shape[-1],
+        "latent_scale": 1.0 if source.latent_shape == source.image_shape else LATENTS_SCALE,
+    }
     if enc_type != SMALL:
         # The grid of a patch-2 transformer: there the tokens of all encoders and of the model meet.
         side = max(1, source.latent_shape[-1] // 2)
@@ -68,7 +93,7 @@ def load_targets(
             checkpoints=checkpoint.split(",") if checkpoint else None,
             device=device,
         )
-        return Targets(encoders.dims, (side, side), encoders)
+        return Targets(encoders.dims, (side, side), encoders, lambda: identify(encoders), **of_data)
     from vrpo_plugin.evaluation.small_network import load_small_features
     from vrpo_plugin.evaluation.small_training import train_small_features
 
@@ -91,4 +116,5 @@ def load_targets(
             )
         )
     small = small.to(device)
-    return Targets((small.token_dim,), small.grid, lambda images: (small.tokens(images),))
+    name = small.name
+    return Targets((small.token_dim,), small.grid, lambda images: (small.tokens(images),), lambda: name, **of_data)

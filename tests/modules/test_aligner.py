@@ -154,6 +154,7 @@ def test_metrics_are_scalars_without_gradient(model: TinySiT) -> None:
         "vrpo/advantage_abs",
         "vrpo/frac_reward_zero_std",
         "vrpo/fallback",
+        "vrpo/reward_share",
         "vrpo/nonfinite",
         *(f"vrpo/{kind}/{name}" for kind in ("reward", "std") for name in ("semantic", "perceptual", "fidelity")),
         *(f"vrpo/weight/{name}" for name in ("semantic", "perceptual")),

@@ -1,6 +1,7 @@
 """vrpo_plugin.modules.critic: shapes, cost, files."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from fakes.tiny_sit import TinySiT, align, make_batch, tiny_aligner
 from torch.utils.flop_counter import FlopCounterMode
 
 from vrpo_plugin.errors import CheckpointError, ConfigError, ShapeError
-from vrpo_plugin.modules.critic import LatentCritic, load_critic_weights, save_critic
+from vrpo_plugin.modules.critic import CriticPurpose, LatentCritic, check_purpose, load_critic_weights, save_critic
 
 # One step of a backbone is a forward and a backward pass: three times its forward cost, here in GMAC.
 SIT_XL_2, SIT_B_2 = 3 * 118.6, 3 * 23.0
@@ -185,3 +186,37 @@ def test_weights_that_do_not_fit_the_sizes_are_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, path, metadata=metadata)
     with pytest.raises(CheckpointError, match="expected a critic"):
         load_critic_weights(critic, path)
+
+
+MADE_FOR = {"encoder": "vit (12345678)", "target_norm": "none", "latent_scale": 0.18215, "resolution": 256}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "unlike"),
+    [
+        ({}, ()),
+        (MADE_FOR, ()),
+        ({"encoder": "vit (87654321)"}, ("encoder vit (87654321)", "vit (12345678)")),
+        ({"target_norm": "spatial"}, ("target_norm spatial", "none")),
+        ({"latent_scale": 1.0}, ("latent_scale 1.0", "0.18215")),
+        ({"resolution": 512}, ("resolution 512", "256")),
+        ({"resolution": 512, "encoder": "x"}, ("resolution 512", "encoder x")),
+    ],
+)
+def test_a_critic_of_another_purpose_is_refused(
+    tmp_path: Path, wanted: dict[str, Any], unlike: tuple[str, ...]
+) -> None:
+    path = tmp_path / "critic.safetensors"
+    save_critic(small_critic(), path, record={"made_for": MADE_FOR})
+    record = load_critic_weights(small_critic(), path)
+    if not unlike:
+        check_purpose(path, record, CriticPurpose(**wanted))
+        return
+    with pytest.raises(CheckpointError, match="train-critic") as error:
+        check_purpose(path, record, CriticPurpose(**wanted))
+    assert all(text in str(error.value) for text in (*unlike, str(path)))
+
+
+@pytest.mark.parametrize("record", [{}, {"made_for": {}}, {"made_for": dict.fromkeys(MADE_FOR)}])
+def test_a_file_that_does_not_say_its_purpose_is_taken(tmp_path: Path, record: dict[str, Any]) -> None:
+    check_purpose(tmp_path / "old.safetensors", record, CriticPurpose(**MADE_FOR))

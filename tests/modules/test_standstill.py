@@ -104,7 +104,7 @@ def test_an_answer_is_read_when_the_device_has_it_and_not_before(monkeypatch: py
     monkeypatch.setattr(LaterRead, "values", lambda self: reads.append(there) or values(self))
     model = TinySiT()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    aligner = tiny_aligner().attach(model)
+    aligner = tiny_aligner(fallback=False).attach(model)  # whose notice is another answer
     assert train(model, aligner, optimizer, 40) == 0 and not reads
     there = True
     assert train(model, aligner, optimizer, 1) == 1 and reads == [True]

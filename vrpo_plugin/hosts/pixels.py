@@ -14,10 +14,12 @@ from vrpo_plugin.encoders import FrozenEncoders, load_encoders
 from vrpo_plugin.errors import ConfigError, HostChangedError, explain
 from vrpo_plugin.hosts.options import HostOptions
 from vrpo_plugin.hosts.session import Session
-from vrpo_plugin.modules.critic import read_critic_sizes
+from vrpo_plugin.modules.critic import CriticPurpose, read_critic_sizes
 from vrpo_plugin.patching.handle import Seam
+from vrpo_plugin.targets import identify
 
 VAE_FACTOR = 8  # pixels per latent of the SD-VAE, the only one that SiT and DiT use
+LATENTS_SCALE = 0.18215  # both, in their train.py
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,13 @@ class HostTargets:
     dims: tuple[int, ...]
     grid: tuple[int, int]
     encoders: FrozenEncoders | None = None
+    resolution: int | None = None
+
+    def critic_purpose(self) -> CriticPurpose:
+        """What a critic of these targets is for."""
+        if self.encoders is None:
+            return CriticPurpose()
+        return CriticPurpose(encoder=identify(self.encoders), resolution=self.resolution, latent_scale=LATENTS_SCALE)
 
 
 def load_pixel_targets(options: HostOptions, latent_shape: tuple[int, int, int]) -> HostTargets:
@@ -48,7 +57,7 @@ def load_pixel_targets(options: HostOptions, latent_shape: tuple[int, int, int])
         token_grid=grid,
         checkpoints=files.split(",") if files else None,
     )
-    return HostTargets(encoders.dims, grid, encoders)
+    return HostTargets(encoders.dims, grid, encoders, VAE_FACTOR * latent_shape[-1])
 
 
 def read_critic_targets(config: VRPOConfig, host: str) -> HostTargets:

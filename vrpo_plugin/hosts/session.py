@@ -78,6 +78,8 @@ class Session:
             from vrpo_plugin.hosts.pixels import load_pixel_targets
 
             self.targets = load_pixel_targets(self.options, sizes["latent_shape"])
+        if self.targets is not None and config.critic_checkpoint is not None:
+            sizes["critic_purpose"] = self.targets.critic_purpose()
         if self.targets is not None:
             sizes |= {"target_dims": self.targets.dims, "token_grid": self.targets.grid}
         aligner = HostAligner(

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from vrpo_plugin.functional.tensors import (
     resample_tokens,
     zero_unless,
 )
-from vrpo_plugin.modules.critic import LatentCritic, load_critic_weights
+from vrpo_plugin.modules.critic import CriticPurpose, LatentCritic, check_purpose, load_critic_weights
 from vrpo_plugin.modules.generation import GenerationReadout, Reward
 from vrpo_plugin.modules.inputs import (
     check_hidden,
@@ -81,6 +81,13 @@ class VRPOOutput:
     metrics: dict[str, Tensor]
 
 
+@runtime_checkable
+class HasPurpose(Protocol):
+    """An encoder that says what a critic of it is for, as :class:`vrpo_plugin.targets.Targets`."""
+
+    def critic_purpose(self) -> CriticPurpose: ...
+
+
 class VRPOAligner(nn.Module):
     """Reward-guided, group-relative alignment of a diffusion transformer (equation 16).
 
@@ -100,6 +107,7 @@ class VRPOAligner(nn.Module):
             there are no projectors and no taps here.
         prefix_tokens: tokens before the grid, in the encoder's tokens and the transformer's alike (REG's class
             token: 1). The features readout aligns them; the generation readout does not see them.
+        critic_purpose: what the run's encoder and data are; a ``critic_checkpoint`` made for others is refused.
         config: the objective; further keywords override its fields.
         rewards: differentiable rewards of your own, name to callable (RewardState) -> (B,), or a pair with a
             mask of the samples that were scored.
@@ -127,6 +135,7 @@ class VRPOAligner(nn.Module):
         encoder_depth: int | None = None,
         own_projectors: bool = True,
         prefix_tokens: int = 0,
+        critic_purpose: CriticPurpose | None = None,
         config: VRPOConfig | None = None,
         rewards: Mapping[str, Reward] | None = None,
         black_box_rewards: Mapping[str, Reward] | None = None,
@@ -155,7 +164,8 @@ class VRPOAligner(nn.Module):
         self._collapse = CollapseNotice()
         with torch.random.fork_rng(devices=[]):
             self.projectors = self._build_projectors()
-            self.generation = self._build_generation(latent_shape, rewards or {}, black_box_rewards or {})
+            purpose = replace(critic_purpose or CriticPurpose(), target_norm=self.config.target_norm)
+            self.generation = self._build_generation(latent_shape, purpose, rewards or {}, black_box_rewards or {})
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         if (
             self.generation is not None
@@ -200,6 +210,7 @@ class VRPOAligner(nn.Module):
     def _build_generation(
         self,
         latent_shape: Sequence[int] | None,
+        purpose: CriticPurpose,
         rewards: Mapping[str, Reward],
         black_box_rewards: Mapping[str, Reward],
     ) -> GenerationReadout | None:
@@ -216,7 +227,8 @@ class VRPOAligner(nn.Module):
                 (channels, height, side), self.target_dims, self.token_grid, width=self.config.critic_width
             )
             if self.config.critic_checkpoint is not None:
-                load_critic_weights(critic, Path(self.config.critic_checkpoint))
+                path = Path(self.config.critic_checkpoint)
+                check_purpose(path, load_critic_weights(critic, path), purpose)
             critic.requires_grad_(self.config.critic_trainable)
         return GenerationReadout(self.config, critic, rewards, black_box_rewards)
 
@@ -239,6 +251,10 @@ class VRPOAligner(nn.Module):
             HostNotFoundError: the model lacks one of these.
         """
         chosen = {**sizes_of_model(model), **sizes_of_encoder(encoder), **kwargs}
+        config = kwargs.get("config")
+        checkpoint = kwargs.get("critic_checkpoint", config.critic_checkpoint if config is not None else None)
+        if checkpoint is not None and isinstance(encoder, HasPurpose) and "critic_purpose" not in chosen:
+            chosen["critic_purpose"] = encoder.critic_purpose()
         aligner = cls(**chosen)
         logger.info("VRPOAligner.from_model: %s, taps on blocks %s", chosen, aligner.layers)
         return aligner
@@ -397,6 +413,7 @@ class VRPOAligner(nn.Module):
         if generated is not None and self.generation is not None:
             if self.config.fallback:
                 reward_release = reward_release * self.generation.watch.share
+            metrics["vrpo/reward_share"] = zero + reward_release
             policy_loss = policy_loss + self.config.reward_coeff * reward_release * generated.loss
             loss = policy_loss + self.config.critic_coeff * generated.critic_loss
         return VRPOOutput(

@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,23 @@ class CriticOutput:
 
     tokens: tuple[Tensor, ...]
     features: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticPurpose:
+    """What a critic is trained for, or wanted for; None where that is not known.
+
+    Attributes:
+        encoder: names of the encoder(s), each with a hash of its weights.
+        target_norm: of the encoder's tokens, as in :class:`VRPOConfig`.
+        latent_scale: factor on the latents; 1 for pixels.
+        resolution: side in pixels of the images that the encoder sees.
+    """
+
+    encoder: str | None = None
+    target_norm: str | None = None
+    latent_scale: float | None = None
+    resolution: int | None = None
 
 
 class LatentCritic(nn.Module):
@@ -161,6 +178,34 @@ def load_critic_weights(critic: LatentCritic, path: Path) -> dict[str, Any]:
         )
     critic.load_state_dict(weights)
     return record
+
+
+def check_purpose(path: Path, record: dict[str, Any], wanted: CriticPurpose) -> None:
+    """Refuses a critic of another purpose: its rewards would be for tokens that the run does not have.
+
+    Args:
+        path: of its file.
+        record: of its training, as :func:`load_critic_weights` returns it.
+        wanted: by the run; what either side does not know is not compared.
+
+    Raises:
+        CheckpointError: encoder, target normalisation, latent scale or resolution are others.
+    """
+    made_for = record.get("made_for", {})
+    unlike = {
+        name: (value, made_for[name])
+        for name, value in asdict(wanted).items()
+        if value is not None and made_for.get(name) not in (None, value)
+    }
+    if unlike:
+        raise CheckpointError(
+            explain(
+                str(path),
+                expected=", ".join(f"a critic of {name} {value}" for name, (value, _) in unlike.items()),
+                got=", ".join(str(value) for _, value in unlike.values()),
+                do="Train one for this run with 'vrpo train-critic', or bring the run to what the critic was made for.",
+            )
+        )
 
 
 def read_critic_sizes(path: Path) -> dict[str, Any]:
