@@ -78,7 +78,7 @@ def _host(case: Case, aligner: VRPOAligner) -> Host | None:
 def cannot_fit(case: Case) -> bool:
     """What is refused by design: image groups that are not whole, model grids of another aspect than the latents."""
     tokens, own = math.prod(case.grid), math.prod(case.model_grid)
-    if case.settings["target_norm"] == "spatial" and tokens + case.prefix < 2:
+    if case.settings["target_norm"] == "spatial" and tokens < 2:
         return True
     if case.generates and case.settings["group"] == "image" and case.batch % case.settings["group_size"]:
         return True
@@ -104,8 +104,7 @@ def _sound(case: Case, aligner: VRPOAligner, batch: dict[str, Any]) -> tuple[Ten
     taken = batch["z_tilde"] if case.route == "projected" else batch["hidden"]
     if case.route == "taps":
         taken = taken[:1]  # the model's input
-    prefix = 0 if case.settings["target_norm"] == "spatial" else case.prefix
-    seen = [z[:, prefix:] for z in batch["z"]]
+    seen = [z[:, case.prefix :] for z in batch["z"]]
     made = batch["x0_hat" if case.estimate else "velocity"]
     latents = (batch["x0"], batch["x_t"], batch["t"][:, None], made)
     return _whole_samples(*taken, *batch["z"]), _whole_samples(*latents, *seen)

@@ -1,5 +1,6 @@
 """vrpo_plugin.modules.generation: rewards, groups, weights and the policy loss, seen through the aligner."""
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,13 @@ import torch
 from fakes.tiny_sit import Batch, TinySiT, align, gradients, make_batch, tiny_aligner
 from torch import Tensor
 
+from vrpo_plugin.config import VRPOConfig
 from vrpo_plugin.errors import ConfigError, ShapeError
+from vrpo_plugin.functional.policy import at_estimate
 from vrpo_plugin.functional.rewards import RewardState
 from vrpo_plugin.modules.aligner import VRPOAligner, VRPOOutput
 from vrpo_plugin.modules.critic import LatentCritic, save_critic
+from vrpo_plugin.modules.generation import GenerationReadout
 
 # Sums of a few hundred float32 terms of order one: the order of summation moves the sixth digit.
 FLOAT32: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-7}
@@ -668,3 +672,84 @@ def test_a_rewards_network_stays_out_of_the_module() -> None:
     out = generate(aligner, batch, velocity_like(batch), generator=torch.Generator().manual_seed(0))
     assert {"mine", "box"} < set(out.rewards)
     assert not list(aligner.parameters()) and not [name for name in aligner.state_dict() if "linear" in name]
+
+
+class SavedBytes:
+    """Bytes that autograd keeps for backward passes, while they are alive."""
+
+    class _Kept:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+
+    def __init__(self) -> None:
+        self.kept: list[weakref.ref[SavedBytes._Kept]] = []
+
+    def __enter__(self) -> "SavedBytes":
+        def pack(tensor: Tensor) -> SavedBytes._Kept:
+            kept = SavedBytes._Kept(tensor)
+            self.kept.append(weakref.ref(kept))
+            return kept
+
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.hooks.__exit__(*error)
+
+    def alive(self) -> int:
+        tensors = [kept.tensor for kept in (reference() for reference in self.kept) if kept is not None]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+SHAPES = {"latent_shape": (4, 16, 16), "target_dims": (96,), "token_grid": (8, 8), "width": 64}
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_no_graph_of_the_rewards_outlives_the_forward_pass(frozen: bool) -> None:
+    critic = LatentCritic(**SHAPES).requires_grad_(not frozen)
+    file = {"critic_checkpoint": "somewhere"} if frozen else {}  # which is read by the aligner
+    readout = GenerationReadout(VRPOConfig(critic_trainable=not frozen, **file), critic, {}, {})
+    g = torch.Generator().manual_seed(0)
+    x0, x_t = torch.randn(8, 4, 16, 16, generator=g), torch.randn(8, 4, 16, 16, generator=g)
+    velocity, t = torch.randn(8, 4, 16, 16, generator=g).requires_grad_(), torch.rand(8, generator=g)
+    z = (torch.randn(8, 64, 96, generator=g),)
+
+    def saved(compiling: bool) -> tuple[int, Tensor]:
+        velocity.grad = None
+        with SavedBytes() as bytes_kept, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+            x0_hat = x_t - t[:, None, None, None] * velocity
+            out = readout(RewardState(x0_hat, x0, x_t, t, z, None, 0))
+        alive = bytes_kept.alive()
+        (out.loss + out.critic_loss).backward()
+        assert velocity.grad is not None
+        return alive, velocity.grad
+
+    (early, gradient), (kept, same) = saved(False), saved(True)
+    torch.testing.assert_close(gradient, same, rtol=1e-5, atol=1e-9)
+    # What stays is a gradient and an estimate; beside a critic that learns, also its own regression.
+    assert early < (0.05 if frozen else 0.65) * kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_small_gradient_does_not_underflow_in_a_half_precision_reward(dtype: torch.dtype) -> None:
+    x0_hat = torch.randn(64, 4, 32, 32).requires_grad_()
+    leaf = x0_hat.detach().requires_grad_()
+    loss = (leaf.to(dtype) * 0.01).mean((1, 2, 3)).float().mean()  # 4e-8 by element: below float16's smallest
+    (gradient,) = torch.autograd.grad(at_estimate(loss, leaf, x0_hat), x0_hat)
+    torch.testing.assert_close(gradient, torch.full_like(gradient, 0.01 / x0_hat.numel()), rtol=0.01, atol=0)
+    (lost,) = torch.autograd.grad((leaf.half() * 0.01).mean((1, 2, 3)).float().mean(), leaf)
+    assert not torch.allclose(lost, gradient, rtol=0.01, atol=0), "what the test is for"
+
+
+def test_a_loss_at_the_estimate_has_its_value_and_scales_with_what_multiplies_it() -> None:
+    x0_hat = torch.randn(3, 2, dtype=torch.float64).requires_grad_()
+    leaf = x0_hat.detach().requires_grad_()
+    loss = at_estimate(leaf.square().sum(), leaf, x0_hat)
+    assert loss.item() == x0_hat.square().sum().item()
+    (gradient,) = torch.autograd.grad(5 * loss, x0_hat)
+    torch.testing.assert_close(gradient, 10 * x0_hat.detach())
+    leaf = x0_hat.detach().requires_grad_()
+    nothing = at_estimate(torch.ones((), dtype=torch.float64).requires_grad_() * 2, leaf, x0_hat)
+    assert torch.autograd.grad(nothing, x0_hat)[0].abs().max() == 0

@@ -1,6 +1,7 @@
 """Policy losses: pathwise for rewards with a gradient, score function for those without."""
 
 import math
+from contextlib import nullcontext
 
 import torch
 from einops import reduce
@@ -44,6 +45,29 @@ def pathwise_policy_loss(rewards: Tensor, coefficients: Tensor, *, valid: Tensor
     valid = finite if valid is None else valid & finite
     weighted = torch.where(valid, coefficients.detach() * torch.where(valid, rewards, 0), 0)
     return -(weighted.sum(1) / valid.sum(1).clamp(min=1)).sum()
+
+
+def at_estimate(loss: Tensor, leaf: Tensor, x0_hat: Tensor) -> Tensor:
+    """A loss of a detached estimate, as a loss of the estimate itself: L + <stop(dL / dx), x - stop(x)> (equation 12b).
+
+    The gradient is formed here, so that the graph from ``leaf`` to ``loss`` is freed before the transformer's backward
+    pass, and not kept beside its activations.
+
+    Args:
+        loss: scalar, of ``leaf`` alone; its graph is used up.
+        leaf: ``x0_hat.detach().requires_grad_()``.
+        x0_hat: what the loss is to be of.
+
+    Returns:
+        Scalar of the same value.
+
+    Source: our derivation.
+    """
+    # In units of about 1: a mean over a batch has gradients that half precision in a reward's network rounds to 0.
+    unit = 2.0 ** math.floor(math.log2(max(1, leaf.numel())))  # a power of 2 rounds nothing itself
+    with nullcontext() if leaf.is_meta else torch.autocast(leaf.device.type, enabled=False):
+        (gradient,) = torch.autograd.grad(loss * unit, leaf, materialize_grads=True)
+    return loss.detach() + ((x0_hat - x0_hat.detach()) * (gradient / unit)).sum()
 
 
 def gaussian_log_prob(action: Tensor, mean: Tensor, std: float | Tensor) -> Tensor:

@@ -110,7 +110,7 @@ class VRPOAligner(nn.Module):
         critic_purpose: what the run's encoder and data are; a ``critic_checkpoint`` made for others is refused.
         config: the objective; further keywords override its fields.
         rewards: differentiable rewards of your own, name to callable (RewardState) -> (B,), or a pair with a
-            mask of the samples that were scored.
+            mask of the samples that were scored. The gradient reaches ``x0_hat`` alone, no parameter of a reward.
         black_box_rewards: the same without a gradient; ``forward`` then needs ``generator=``.
         **overrides: fields of :class:`VRPOConfig`.
 

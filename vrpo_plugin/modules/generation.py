@@ -12,7 +12,7 @@ from vrpo_plugin.config import BUILTIN_REWARDS, VRPOConfig
 from vrpo_plugin.errors import ConfigError, ShapeError, explain
 from vrpo_plugin.functional.advantages import GroupMoments, combine_rewards, group_moments
 from vrpo_plugin.functional.groups import Groups, image_groups, noise_strata
-from vrpo_plugin.functional.policy import gaussian_log_prob, pathwise_policy_loss, score_function_loss
+from vrpo_plugin.functional.policy import at_estimate, gaussian_log_prob, pathwise_policy_loss, score_function_loss
 from vrpo_plugin.functional.rewards import RewardState, feature_distance, fidelity_reward, semantic_reward
 from vrpo_plugin.functional.tensors import finite_or_zero, finite_samples, masked_mean, zero_unless
 from vrpo_plugin.functional.weights import inverse_variance_weights
@@ -113,7 +113,12 @@ class GenerationReadout(nn.Module):
         """
         state, sound = _without_nonfinite(state)
         critic_loss, clean, agreement = self._learn(state, sound)
-        values = self._pathwise_rewards(state, clean)
+        estimate = state.x0_hat
+        # Compiled code plans its memory itself, and cannot take a gradient inside a forward pass.
+        early = estimate.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        leaf = estimate.detach().requires_grad_() if early else estimate
+        # A view: hooks on a module's inputs, as torch's flop counter has them, take no leaf.
+        values = self._pathwise_rewards(replace(state, x0_hat=leaf.view_as(leaf)), clean)
         action = self._draw_action(state, generator) if self.black_box_rewards else None
         with torch.no_grad():
             rewards = self._all_rewards(values, state, action)
@@ -126,6 +131,8 @@ class GenerationReadout(nn.Module):
             coefficients = groups.join(coefficients.expand(-1, *groups.index.shape))
         split = len(self.pathwise_names)
         loss = pathwise_policy_loss(values, coefficients[:split], valid=valid[:split])
+        if early and split:
+            loss = at_estimate(loss, leaf, estimate)
         if action is not None:
             black_box = slice(split, len(self.names))
             advantage, _ = self._combine(moments, weights[black_box], black_box)
