@@ -53,6 +53,11 @@ class VRPOConfig:
             docs/results.md: a constant reward acts like guidance that is built in.
         reward_release_steps: as ``release_steps``. 0: the length of the run, which :meth:`for_run` fills in; where
             nobody does, nothing is let go of.
+        reward_floor: share of ``reward_coeff`` that the schedule of the generation part ends at, in [0, 1]. Above 0 not
+            measured.
+        noise_gate: weight of the rewards by the sample's noise: ``none``; ``linear``, 2 (1 - t); ``cut``, 1 up to
+            noise_gate_end and 0 beyond, as PixelGen does. Not measured.
+        noise_gate_end: a time in (0, 1].
         rewards: built-in rewards that are optimised on the generation readout. ``fidelity`` is measured always;
             naming it optimises it a second time, next to the denoising loss.
         reward_weights: ``inverse_variance``, or a mapping from reward to share (normalised to sum 1).
@@ -94,6 +99,9 @@ class VRPOConfig:
     reward_coeff: float = 1.2
     reward_release: Literal["none", "linear", "stop"] = "linear"
     reward_release_steps: int = 0
+    reward_floor: float = 0.0
+    noise_gate: Literal["none", "linear", "cut"] = "none"
+    noise_gate_end: float = 0.8
     rewards: tuple[str, ...] = ("semantic", "perceptual")
     reward_weights: Literal["inverse_variance"] | tuple[tuple[str, float], ...] = "inverse_variance"
     variance_decay: float = 0.99
@@ -153,11 +161,13 @@ class VRPOConfig:
             "variance_floor",
             "action_std",
             "weight_cap",
+            "noise_gate_end",
         ):
             if getattr(self, name) <= 0:
                 _fail(name, "> 0", getattr(self, name))
-        if self.weight_cap > 1:
-            _fail("weight_cap", "in (0, 1]", self.weight_cap)
+        for name in ("weight_cap", "noise_gate_end", "reward_floor"):
+            if getattr(self, name) > 1:
+                _fail(name, "at most 1", getattr(self, name))
         if self.variance_decay >= 1:
             _fail("variance_decay", "in [0, 1)", self.variance_decay)
 

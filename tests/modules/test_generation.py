@@ -753,3 +753,43 @@ def test_a_loss_at_the_estimate_has_its_value_and_scales_with_what_multiplies_it
     leaf = x0_hat.detach().requires_grad_()
     nothing = at_estimate(torch.ones((), dtype=torch.float64).requires_grad_() * 2, leaf, x0_hat)
     assert torch.autograd.grad(nothing, x0_hat)[0].abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, lambda t: torch.ones_like(t)),
+        ({"noise_gate": "linear"}, lambda t: 2 - 2 * t),
+        ({"noise_gate": "cut"}, lambda t: (t <= 0.8).float()),
+        ({"noise_gate": "cut", "noise_gate_end": 0.3}, lambda t: (t <= 0.3).float()),
+        ({"noise_gate": "cut", "noise_gate_end": 1.0}, lambda t: torch.ones_like(t)),
+    ],
+)
+@pytest.mark.parametrize("kind", ["rewards", "black_box_rewards"])
+def test_the_noise_gate_weighs_each_samples_gradient(
+    settings: dict[str, Any], expected: Callable[[Tensor], Tensor], kind: str
+) -> None:
+    _, reward = linear_reward(3)
+    batch = make_batch(16)
+    gradients_of = []
+    for chosen in ({}, settings):
+        aligner, velocity = reward_aligner(**{kind: {"mine": reward}}, **chosen), velocity_like(batch)
+        out = generate(aligner, batch, velocity, generator=torch.Generator().manual_seed(0))
+        out.generation_loss.backward()
+        gradients_of.append(velocity.grad)
+    plain, gated = gradients_of
+    torch.testing.assert_close(gated, expected(batch.t)[:, None, None, None] * plain, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("own_counter", [True, False])
+def test_the_schedule_ends_at_its_floor(own_counter: bool) -> None:
+    aligner = tiny_aligner(features="none", reward_release_steps=4, reward_floor=0.2)
+    model, batch = TinySiT(), make_batch(4)
+    aligner.attach(model)
+    shares = []
+    for step in range(6):
+        velocity = model(batch.x_t, batch.t, batch.y)
+        out = generate(aligner, batch, velocity, **({} if own_counter else {"step": step}))
+        shares.append(float(out.reward_release))
+        assert float(out.metrics["vrpo/reward_share"]) == pytest.approx(shares[-1])
+    assert shares == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0.2])

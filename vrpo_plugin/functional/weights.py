@@ -7,6 +7,25 @@ from vrpo_plugin.errors import ConfigError, ShapeError, explain
 from vrpo_plugin.functional.tensors import promote
 
 
+def noise_gate(t: Tensor, kind: str, end: float) -> Tensor | float:
+    """Weight of the rewards by noise, g(t) (equation 12): their estimates are biased most where there is most noise.
+
+    Args:
+        t: times (B,), 0 = data.
+        kind: ``none`` (1), ``linear`` (2 (1 - t), of mean 1 over t) or ``cut`` (1 for t <= end, else 0).
+        end: of ``cut``.
+
+    Returns:
+        (B,), float32 at least; the number 1 for ``none``.
+
+    Source: ``cut`` as in PixelGen, arXiv 2602.02493; ``linear`` is ours.
+    """
+    t = promote(t)
+    if kind == "linear":
+        return 2 * (1 - t)
+    return (t <= end).to(t.dtype) if kind == "cut" else 1.0
+
+
 def inverse_variance_weights(variance: Tensor, *, floor: float = 1e-8, cap: float = 1.0) -> Tensor:
     """Weights of least total variance, w_k = (1 / sigma_k^2) / sum_j (1 / sigma_j^2) (equation 10).
 

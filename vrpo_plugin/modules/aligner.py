@@ -408,6 +408,8 @@ class VRPOAligner(nn.Module):
             generated = self.generation(RewardState(x0_hat, x0, x_t, t, on_grid, y, step), generator)
         release = self._left(self.config.release, self.config.release_steps, step)
         reward_release = self._left(self.config.reward_release, self.config.reward_release_steps, step)
+        floor = self.config.reward_floor
+        reward_release = floor + (1 - floor) * reward_release if floor else reward_release
         policy_loss = self.config.proj_coeff * release * features_loss
         loss = policy_loss
         if generated is not None and self.generation is not None:

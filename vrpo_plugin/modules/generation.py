@@ -15,7 +15,7 @@ from vrpo_plugin.functional.groups import Groups, image_groups, noise_strata
 from vrpo_plugin.functional.policy import at_estimate, gaussian_log_prob, pathwise_policy_loss, score_function_loss
 from vrpo_plugin.functional.rewards import RewardState, feature_distance, fidelity_reward, semantic_reward
 from vrpo_plugin.functional.tensors import finite_or_zero, finite_samples, masked_mean, zero_unless
-from vrpo_plugin.functional.weights import inverse_variance_weights
+from vrpo_plugin.functional.weights import inverse_variance_weights, noise_gate
 from vrpo_plugin.modules.collapse import CollapseWatch
 from vrpo_plugin.modules.critic import CriticOutput, LatentCritic
 from vrpo_plugin.modules.inputs import described
@@ -128,7 +128,8 @@ class GenerationReadout(nn.Module):
             self._remember(state.t, groups, moments, valid)
             weights = self._weights(state.t, groups, moments)
             advantages, coefficients = self._combine(moments, weights, slice(0, len(self.names)))
-            coefficients = groups.join(coefficients.expand(-1, *groups.index.shape))
+            gate = noise_gate(state.t, self.config.noise_gate, self.config.noise_gate_end)
+            coefficients = groups.join(coefficients.expand(-1, *groups.index.shape)) * gate
         split = len(self.pathwise_names)
         loss = pathwise_policy_loss(values, coefficients[:split], valid=valid[:split])
         if early and split:
@@ -140,7 +141,7 @@ class GenerationReadout(nn.Module):
             loss = loss + score_function_loss(
                 log_probs,
                 log_probs.detach(),
-                groups.join(advantage),
+                groups.join(advantage) * gate,
                 epsilon=self.config.epsilon,
                 valid=valid[black_box].any(0),
             )
