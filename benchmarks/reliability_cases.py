@@ -225,8 +225,9 @@ def settings(draw: st.DrawFn, depth: int) -> dict[str, Any]:
         "group_size": draw(st.integers(1, 12)),
         "scale": pick("group", "batch", "none"),
         "scale_eps": pick(0.0, 1e-4, 1.0),
-        "epsilon": pick(0.0, 0.2),
+        "actions": pick(2, 8),
         "action_std": pick(1e-3, 0.1, 2.0),
+        "action_grid": pick(0, 4),
         "critic_coeff": pick(0.0, 0.1),
         "path_type": pick("linear", "cosine"),
     }

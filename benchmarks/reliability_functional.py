@@ -17,7 +17,7 @@ from vrpo_plugin.functional.advantages import (
 from vrpo_plugin.functional.alignment import cosine_alignment, spatial_normalize
 from vrpo_plugin.functional.groups import image_groups, noise_strata
 from vrpo_plugin.functional.interpolant import clean_estimate, estimate_from_noise, noise_level, noisy_sample
-from vrpo_plugin.functional.policy import gaussian_log_prob, pathwise_policy_loss, score_function_loss
+from vrpo_plugin.functional.policy import action_noise, pathwise_policy_loss, score_function_gradient
 from vrpo_plugin.functional.rewards import feature_distance, fidelity_reward, semantic_reward
 from vrpo_plugin.functional.tensors import finite_samples, masked_mean, resample_tokens, square_grid, zero_unless
 from vrpo_plugin.functional.weights import inverse_variance_weights
@@ -171,27 +171,18 @@ def pathwise(case: tuple[Values, Values, int | None]) -> str:
     return "computed"
 
 
-def score_function(case: tuple[Values, Values, Values, float]) -> str:
-    present, past, reward, epsilon = case
-    log_probs, old, advantages = present.tensor().requires_grad_(), past.tensor(), reward.tensor()
-    if not log_probs.shape == old.shape == advantages.shape:
-        return refused(lambda: score_function_loss(log_probs, old, advantages), "other shapes")
-    valid = torch.isfinite(log_probs) & torch.isfinite(old) & torch.isfinite(advantages)
-    loss = score_function_loss(log_probs, old, advantages, epsilon=epsilon, valid=valid)
-    loss.backward()
-    assert loss.ndim == 0 and finite(loss) and log_probs.grad is not None and finite(log_probs.grad)
-    assert not log_probs.grad[~valid].any() and not log_probs.grad[advantages == 0].any()
-    return "computed"
-
-
-def log_probs(case: tuple[Values, Values, float]) -> str:
-    action, mean, std = case
-    a, m = action.tensor(), mean.tensor()
-    if a.shape != m.shape or not std > 0:
-        return refused(lambda: gaussian_log_prob(a, m, std), "other shapes, or no deviation")
-    expected = torch.distributions.Normal(m.double(), std).log_prob(a.double()).flatten(1).sum(1)
-    assert close(gaussian_log_prob(a.double(), m.double(), std), expected)
-    assert finite(gaussian_log_prob(a, m, std)) and len(expected) == len(a)
+def compared_actions(case: tuple[Values, int, bool]) -> str:
+    given, seed, normalize = case
+    rewards, generator = given.tensor(), torch.Generator().manual_seed(seed)
+    count, states = (*rewards.shape, 1, 1)[:2]
+    std = torch.rand(states, generator=generator) + 0.01
+    if rewards.ndim != 2:
+        noise = torch.zeros(count, states, 1, 2, 2)
+        return refused(lambda: score_function_gradient(rewards, noise, std), "no actions of states")
+    noise = action_noise(torch.zeros(states, 2, 4, 4), count, 2, generator)
+    gradient, usable = score_function_gradient(rewards, noise, std, normalize=normalize)
+    assert gradient.shape == (states, 2, 4, 4) and finite(gradient)
+    assert torch.equal(usable, torch.isfinite(rewards).sum(0) >= 2) and not gradient[~usable].any()
     return "computed"
 
 
@@ -293,17 +284,12 @@ FUNCTIONAL: dict[str, Property] = {
         pathwise,
         3,
     ),
-    "score function": Property(
-        st.tuples(alike(moderate, moderate, moderate, hole=holes), st.sampled_from((0.0, 0.2, 1.0))).map(flat),
-        score_function,
-        6,
-    ),
-    "log probabilities": Property(
-        st.tuples(alike(moderate, moderate, shape=three, hole=no_hole), st.sampled_from((0.0, -1.0, 0.1, 3.0))).map(
-            flat
+    "compared actions": Property(
+        st.tuples(
+            values(st.tuples(sides, sides) | some_shape, fills=moderate, hole=holes), st.integers(0, 99), st.booleans()
         ),
-        log_probs,
-        4,
+        compared_actions,
+        10,
     ),
     "interpolants": Property(
         st.tuples(

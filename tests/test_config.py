@@ -36,8 +36,9 @@ OTHER_VALUES: dict[str, Any] = {
     "scale": "batch",
     "aggregation": "normalize_then_sum",
     "scale_eps": 0,
-    "epsilon": 0.1,
+    "actions": 2,
     "action_std": 0.5,
+    "action_grid": 0,
     "critic_coeff": 0.0,
     "critic_width": 32,
     "critic_checkpoint": "critic.safetensors",
@@ -63,6 +64,7 @@ INVALID = [
     *((name, 0.0) for name in ("variance_floor", "action_std", "weight_cap", "noise_gate_end")),
     *((name, 1.01) for name in ("weight_cap", "noise_gate_end", "reward_floor")),
     ("noise_gate", "late"),
+    ("actions", 1),
     ("variance_decay", 1.0),
     ("critic_trainable", 1),
     ("critic_trainable", "yes"),
@@ -122,7 +124,7 @@ def test_a_key_that_is_no_text_is_unknown() -> None:
 
 
 def test_unknown_key_without_a_neighbour_is_to_be_removed() -> None:
-    with pytest.raises(ConfigError, match=r"VRPOConfig key: expected one of action_std, .*got 'xyzzy'. Remove it\."):
+    with pytest.raises(ConfigError, match=r"VRPOConfig key: expected one of action_grid, .*got 'xyzzy'. Remove it\."):
         VRPOConfig(xyzzy=1)  # type: ignore[call-arg]
 
 

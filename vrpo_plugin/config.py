@@ -70,9 +70,11 @@ class VRPOConfig:
         aggregation: ``sum_then_normalize`` (weigh the rewards, then scale the total) or ``normalize_then_sum``
             (scale every reward by itself; excludes inverse-variance weights, which already contain the scale).
         scale_eps: added to that deviation.
-        epsilon: half-width of the ratio's clipping, for rewards without a gradient.
-        action_std: standard deviation of the policy around x0_hat, in latent units, for rewards without a
-            gradient.
+        actions: of each state, that a reward without a gradient is asked for; at least 2. With 8 the estimated gradient
+            has a cosine of about sqrt(7 / n) with the true one, n = C * action_grid^2.
+        action_std: standard deviation of the actions around x0_hat at t = 1, in latent units; at t it is t times that.
+        action_grid: sides of the coarse grid on which actions differ; 0: every pixel by itself. Coarse actions tell
+            more of a gradient that is coarse, and nothing of what is finer.
         critic_coeff: weight of the critic's regression. It reaches only the critic, and Adam does not mind its
             size; small, so that the host's gradient-norm clipping hardly sees it.
         critic_width: channels at the token grid.
@@ -112,8 +114,9 @@ class VRPOConfig:
     scale: Literal["group", "batch", "none"] = "none"
     aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     scale_eps: float = 1e-4
-    epsilon: float = 0.2
+    actions: int = 8
     action_std: float = 0.1
+    action_grid: int = 4
     critic_coeff: float = 0.1
     critic_width: int = 256
     critic_checkpoint: str | None = None
@@ -168,6 +171,8 @@ class VRPOConfig:
         for name in ("weight_cap", "noise_gate_end", "reward_floor"):
             if getattr(self, name) > 1:
                 _fail(name, "at most 1", getattr(self, name))
+        if self.actions < 2:
+            _fail("actions", ">= 2, to compare", self.actions)
         if self.variance_decay >= 1:
             _fail("variance_decay", "in [0, 1)", self.variance_decay)
 

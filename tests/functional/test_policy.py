@@ -1,24 +1,23 @@
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch.distributions import Independent, Normal
 
-from vrpo_plugin.errors import ConfigError, ShapeError
+from vrpo_plugin.errors import ShapeError
 from vrpo_plugin.functional.advantages import (
     SCALES,
     Aggregation,
     Scale,
     combine_rewards,
     group_moments,
-    group_relative_advantages,
 )
 from vrpo_plugin.functional.groups import noise_strata
-from vrpo_plugin.functional.policy import gaussian_log_prob, pathwise_policy_loss, score_function_loss
+from vrpo_plugin.functional.policy import action_noise, coarse_sides, pathwise_policy_loss, score_function_gradient
 
 every_scale = pytest.mark.parametrize("scale", SCALES)
 every_aggregation = pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
@@ -39,14 +38,6 @@ def pathwise_loop(rewards: Tensor, coefficients: Tensor, valid: Tensor) -> float
         scored = [i for i in range(rewards.shape[1]) if valid[k, i] and math.isfinite(rewards[k, i])]
         loss -= sum((coefficients[k, i] * rewards[k, i]).item() for i in scored) / max(len(scored), 1)
     return loss
-
-
-def clipped_loop(log_probs: Tensor, old: Tensor, advantages: Tensor, epsilon: float) -> float:
-    terms = []
-    for p, q, a in zip(log_probs, old, advantages, strict=True):
-        ratio = torch.exp(p - q)
-        terms.append(min((ratio * a).item(), (torch.clamp(ratio, 1 - epsilon, 1 + epsilon) * a).item()))
-    return -sum(terms) / len(terms)
 
 
 def test_pathwise_is_the_loop_with_holes() -> None:
@@ -95,116 +86,132 @@ def test_pathwise_of_other_shapes_is_an_error(shapes: tuple[tuple[int, ...], tup
         pathwise_policy_loss(torch.ones(shapes[0]), torch.ones(shapes[1]))
 
 
-@pytest.mark.parametrize("shape", [(4,), (4, 3), (2, 3, 4, 5)])
-@pytest.mark.parametrize("std", [0.1, 2.5])
-def test_log_prob_is_torchs(shape: tuple[int, ...], std: float) -> None:
-    action, mean = random(*shape, seed=1), random(*shape, seed=2)
-    expected = Independent(Normal(mean, std), len(shape) - 1).log_prob(action)
-    torch.testing.assert_close(gaussian_log_prob(action, mean, std), expected)
-    torch.testing.assert_close(gaussian_log_prob(action, mean, torch.tensor(std, dtype=torch.float64)), expected)
+# ---- actions ----
 
 
-@pytest.mark.parametrize("std", [0, -0.1, math.nan])
-def test_log_prob_needs_a_deviation_and_one_shape(std: float) -> None:
-    with pytest.raises(ConfigError, match=r"std: expected > 0, got"):
-        gaussian_log_prob(torch.ones(2, 3), torch.ones(2, 3), std)
-    with pytest.raises(ShapeError, match=r"action: expected \(2, 3\), got \(1, 3\)"):
-        gaussian_log_prob(torch.ones(1, 3), torch.ones(2, 3), 1.0)
+@pytest.mark.parametrize(
+    ("shape", "count", "grid"),
+    [((5, 4, 8, 8), 8, 4), ((5, 1, 8, 8), 8, 0), ((3, 2, 8, 4), 4, 16), ((1, 1, 2, 2), 8, 0), ((2, 3, 6, 6), 2, 4)],
+)
+def test_directions_of_a_state_are_orthogonal_and_coarse(shape: tuple[int, ...], count: int, grid: int) -> None:
+    like = torch.zeros(shape, dtype=torch.float64)
+    noise = action_noise(like, count, grid, torch.Generator().manual_seed(0))
+    assert noise.shape == (count, *shape) and noise.dtype == torch.float64
+    rows, columns = coarse_sides(like, grid)
+    assert (rows, columns) == tuple(min(grid, side) if grid else side for side in shape[2:])
+    # The first pixel of each coarse cell.
+    down = [math.ceil(row * shape[2] / rows) for row in range(rows)]
+    across = [math.ceil(column * shape[3] / columns) for column in range(columns)]
+    coarse = noise[..., down, :][..., across].flatten(2)
+    n = shape[1] * rows * columns
+    torch.testing.assert_close(coarse.square().sum(-1), torch.full((count, shape[0]), float(n), dtype=torch.float64))
+    if shape[2] % rows == shape[3] % columns == 0:
+        blocks = noise.unflatten(-2, (rows, -1)).unflatten(-1, (columns, -1))
+        assert torch.equal(blocks, blocks[..., :1, :, :1].expand_as(blocks))
+    products = torch.einsum("kbn,lbn->bkl", coarse, coarse) / n
+    if count <= n:
+        torch.testing.assert_close(products, torch.eye(count, dtype=torch.float64).expand_as(products))
+    again = action_noise(like, count, grid, torch.Generator().manual_seed(0))
+    assert torch.equal(noise, again)
 
 
-def test_log_prob_with_a_deviation_per_sample() -> None:
-    action, mean, std = random(3, 2, 4, seed=1), random(3, 2, 4, seed=2), random(3, 1, 1, seed=3).exp()
-    expected = Independent(Normal(mean, std.expand_as(mean)), 2).log_prob(action)
-    torch.testing.assert_close(gaussian_log_prob(action, mean, std), expected)
+def estimate(
+    reward: Callable[[Tensor], Tensor], x: Tensor, std: Tensor, *, seed: int = 0, grid: int = 0, **settings: Any
+) -> Tensor:
+    noise = action_noise(x, settings.pop("count", 8), grid, torch.Generator().manual_seed(seed))
+    rewards = torch.stack([reward(x + std[:, None, None, None] * direction) for direction in noise])
+    return score_function_gradient(rewards, noise, std, **settings)[0]
 
 
-@pytest.mark.parametrize("epsilon", [0.0, 0.2, 0.9])
-def test_score_function_is_the_loop_with_clamps(epsilon: float) -> None:
-    log_probs, old, advantages = random(3, 200)
-    loss = score_function_loss(log_probs, old, advantages, epsilon=epsilon)
-    assert loss.item() == pytest.approx(clipped_loop(log_probs, old, advantages, epsilon), rel=1e-12)
-    grid = [x.reshape(10, 20) for x in (log_probs, old, advantages)]
-    torch.testing.assert_close(score_function_loss(*grid, epsilon=epsilon), loss)
+def test_the_estimate_is_the_loop_over_states_and_actions() -> None:
+    rewards, noise, std = random(5, 3, seed=1), random(5, 3, 2, 4, 4, seed=2), random(3, seed=3).exp()
+    rewards[0, 1], rewards[2, 1], rewards[1, 2] = torch.nan, torch.inf, -torch.inf
+    for normalize in (False, True):
+        gradient, usable = score_function_gradient(rewards, noise, std, cell=4.0, normalize=normalize, eps=1e-3)
+        for i in range(3):
+            told = [j for j in range(5) if math.isfinite(rewards[j, i])]
+            values = np.array([rewards[j, i].item() for j in told])
+            scale = values.std(ddof=1) + 1e-3 if normalize else 1.0
+            expected = sum(
+                (value - values.mean()) / scale * noise[j, i] / (std[i] * (len(told) - 1) * 4)
+                for j, value in zip(told, values, strict=True)
+            )
+            torch.testing.assert_close(gradient[i], expected)
+        assert usable.tolist() == [True] * 3
 
 
-def test_clipped_actions_have_no_gradient() -> None:
-    log_probs = torch.tensor([0.5, 0.5, -0.5, -0.5, 0.1, -0.1], dtype=torch.float64).requires_grad_()
-    advantages = torch.tensor([2.0, -2, 2, -2, 3, -3], dtype=torch.float64)
-    gradient = gradient_of(score_function_loss(log_probs, torch.zeros_like(log_probs), advantages), log_probs)
-    moves = torch.tensor([0, 1, 1, 0, 1, 1])
-    torch.testing.assert_close(gradient, -moves * advantages * log_probs.detach().exp() / 6)
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_state_with_fewer_than_two_rewards_tells_nothing(told: int) -> None:
+    rewards = torch.full((4, 2), torch.nan, dtype=torch.float64)
+    rewards[:, 0] = random(4)
+    rewards[:told, 1] = 1.0
+    gradient, usable = score_function_gradient(rewards, random(4, 2, 1, 2, 2), torch.ones(2), normalize=True)
+    assert usable.tolist() == [True, False] and not gradient[1].any() and gradient[0].any()
 
 
-def test_on_policy_ratio_is_1_and_its_gradient_reinforces() -> None:
-    log_probs, advantages = random(2, 50)
-    log_probs.requires_grad_()
-    loss = score_function_loss(log_probs, log_probs.detach(), advantages)
-    assert loss.item() == pytest.approx(-advantages.mean().item(), rel=1e-12)
-    reinforce = -(advantages * log_probs).mean()
-    torch.testing.assert_close(gradient_of(loss, log_probs), gradient_of(reinforce, log_probs))
+def test_equal_rewards_tell_nothing() -> None:
+    for normalize in (False, True):
+        gradient, _ = score_function_gradient(
+            torch.full((8, 3), 0.3), random(8, 3, 1, 4, 4).float(), torch.ones(3), normalize=normalize
+        )
+        assert not gradient.any()
 
 
-def test_old_log_probs_and_advantages_are_detached() -> None:
-    log_probs, old, advantages = (x.requires_grad_() for x in random(3, 5))
-    loss = score_function_loss(log_probs, old, advantages)
-    gradients = torch.autograd.grad(loss, (log_probs, old, advantages), allow_unused=True)
-    assert [g is None for g in gradients] == [False, True, True]
+def test_with_as_many_actions_as_dimensions_a_linear_reward_is_known_but_for_the_mean_direction() -> None:
+    c, x = random(1, 2, 2, seed=4), random(6, 1, 2, 2, seed=5)
+    estimates = [
+        estimate(lambda a: (a * c).sum((1, 2, 3)), x, torch.full((6,), 0.1, dtype=torch.float64), seed=s, count=4)
+        for s in range(500)
+    ]
+    torch.testing.assert_close(torch.cat(estimates).mean(0), c, atol=0.08, rtol=0)
 
 
-@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
-def test_actions_left_out_are_as_if_absent(broken: float) -> None:
-    log_probs, old, advantages = random(3, 6)
-    valid = torch.tensor([True, False, True, True, False, True])
-    alone = log_probs[valid].requires_grad_()
-    expected = score_function_loss(alone, old[valid], advantages[valid])
-    # Each of the two in another tensor: none of them may reach the loss or the gradient.
-    advantages[1], log_probs[4] = broken, broken
-    log_probs.requires_grad_()
-    loss = score_function_loss(log_probs, old, advantages, valid=valid)
-    gradient = gradient_of(loss, log_probs)
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(gradient[valid], gradient_of(expected, alone))
-    assert gradient[~valid].tolist() == [0, 0]
-    nothing = score_function_loss(log_probs, old, advantages, valid=torch.zeros_like(valid))
-    assert nothing.item() == 0
+@pytest.mark.parametrize("grid", [0, 2])
+def test_the_estimate_is_the_gradients_mean_over_coarse_cells_in_expectation(grid: int) -> None:
+    """Of E[-|a - c|^2], within 4 standard errors."""
+    x, centre = random(1, 1, 4, 4, seed=6), random(1, 1, 4, 4, seed=7)
+    std, states = torch.full((20_000,), 0.2, dtype=torch.float64), x.expand(20_000, 1, 4, 4)
+    cell = 4.0 if grid else 1.0
+    found = estimate(lambda a: -(a - centre).square().sum((1, 2, 3)), states, std, grid=grid, cell=cell)
+    exact = -2 * (x - centre)[0]
+    if grid:
+        exact = exact.unflatten(-2, (2, 2)).unflatten(-1, (2, 2)).mean((-3, -1), keepdim=True)
+        exact = exact.expand(1, 2, 2, 2, 2).flatten(-2).flatten(-3, -2)
+    error = found.std(0) / 20_000**0.5
+    assert ((found.mean(0) - exact).abs() < 4 * error).all() and (error < 0.03 * exact.abs().mean()).all()
 
 
-@pytest.mark.parametrize("which", [0, 1, 2])
-def test_score_function_of_other_shapes_is_an_error(which: int) -> None:
-    tensors = [torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 3)]
-    tensors[which] = torch.ones(3)
-    with pytest.raises(ShapeError, match=r"like log_probs.*one advantage"):
-        score_function_loss(*tensors)
+def test_eight_actions_of_a_state_tell_a_third_of_a_gradient_of_64_dimensions() -> None:
+    x, centre = random(64, 1, 8, 8, seed=8), random(64, 1, 8, 8, seed=9)
+    exact = -2 * (x - centre)
+    cosines = []
+    for normalize in (False, True):
+        std = torch.full((64,), 0.1, dtype=torch.float64)
+        found = estimate(lambda a: -(a - centre).square().sum((1, 2, 3)), x, std, normalize=normalize)
+        cosines.append(torch.cosine_similarity(found.flatten(), exact.flatten(), dim=0).item())
+    assert min(cosines) >= 0.25  # sqrt(7 / 64) = 0.33
+
+
+def test_a_tenfold_reward_changes_nothing_where_advantages_are_normalised() -> None:
+    rewards, noise, std = random(8, 3, seed=1), random(8, 3, 1, 4, 4, seed=2), torch.ones(3, dtype=torch.float64)
+    one, ten = (score_function_gradient(f * rewards, noise, std, normalize=True, eps=0)[0] for f in (1, 10))
+    torch.testing.assert_close(one, ten)
+    shifted = score_function_gradient(rewards + 5, noise, std, normalize=True, eps=0)[0]
+    torch.testing.assert_close(one, shifted)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [((4, 3), (4, 2, 1, 2, 2), (3,)), ((4, 3), (3, 3, 1, 2, 2), (3,)), ((4, 3), (4, 3, 1, 2, 2), (4,)), ((4,),) * 3],
+)
+def test_actions_of_other_shapes_are_an_error(shapes: tuple[tuple[int, ...], ...]) -> None:
+    with pytest.raises(ShapeError, match="one direction per action"):
+        score_function_gradient(*(random(*shape) for shape in shapes))
 
 
 def test_gradcheck() -> None:
     rewards, coefficients = random(2, 4, seed=1).requires_grad_(), random(2, 4, seed=2)
     assert torch.autograd.gradcheck(lambda r: pathwise_policy_loss(r, coefficients), (rewards,))
-    action, mean, std = random(2, 3, seed=3).requires_grad_(), random(2, 3).requires_grad_(), random(2, 1).exp()
-    assert torch.autograd.gradcheck(gaussian_log_prob, (action, mean, std.requires_grad_()))
-    log_probs, old, advantages = random(3, 12, seed=4)
-    assert torch.autograd.gradcheck(
-        lambda p: score_function_loss(p, old, advantages, epsilon=0.5), (log_probs.requires_grad_(),)
-    )
-
-
-def test_score_function_is_the_pathwise_gradient_in_expectation() -> None:
-    """Both estimate the gradient of E[-|a - c|^2]; they must agree within 4 standard errors of their difference."""
-    actions, std, centre = 100_000, 0.3, torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    mean = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    noise = random(actions, 3, seed=5)
-    reparameterised = mean + std * noise
-    rewards = -(reparameterised - centre).square().sum(1)
-    pathwise = gradient_of(pathwise_policy_loss(rewards[None], torch.ones(1, actions)), mean)
-    advantages = group_relative_advantages(rewards.detach(), scale="none")
-    log_probs = gaussian_log_prob(reparameterised.detach(), mean.expand(actions, 3), std)
-    score = gradient_of(score_function_loss(log_probs, log_probs.detach(), advantages), mean)
-    per_action = -(advantages[:, None] * noise / std) - 2 * (reparameterised.detach() - centre)
-    standard_error = per_action.std(0) / actions**0.5
-    assert ((score - pathwise).abs() < 4 * standard_error).all()
-    # Narrow enough for a wrong factor to show.
-    assert (standard_error < 0.03 * pathwise.abs()).all()
-    torch.testing.assert_close(pathwise, -2 * centre, atol=0.01, rtol=0)
 
 
 RewardFunction = Callable[[Tensor], Tensor]
@@ -288,29 +295,25 @@ def test_tenfold_reward_changes_nothing_when_each_is_normalised_in_its_group() -
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_low_precision_is_computed_in_float32(dtype: torch.dtype, autocast: bool) -> None:
-    # Sums of squares and of rewards overflow float16.
-    a, b = (300 * random(2, 4, 64)).to(dtype)
+    # Sums of rewards overflow float16.
     rewards, coefficients = (20_000 * random(2, 3, 8)).to(dtype)
-    log_probs, old, advantages = random(3, 40).to(dtype)
+    scored, noise, std = (20_000 * random(4, 3)).to(dtype), random(4, 3, 1, 2, 2).to(dtype), random(3).exp().to(dtype)
     calls: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = [
-        (lambda x, y: gaussian_log_prob(x, y, 2.0), (a, b)),
         (pathwise_policy_loss, (rewards, coefficients)),
-        (score_function_loss, (log_probs, old, advantages)),
+        (lambda *tensors: score_function_gradient(*tensors)[0], (scored, noise, std)),
     ]
     for call, tensors in calls:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             value = call(*tensors)
         assert value.dtype == torch.float32
-        torch.testing.assert_close(value.double(), call(*(x.double() for x in tensors)), atol=1e-6, rtol=1e-5)
+        exact = call(*(x.double() for x in tensors))
+        torch.testing.assert_close(value.double(), exact, atol=1e-6, rtol=1e-5 if not autocast else 1e-4)
 
 
 def test_no_host_sync() -> None:
     with FakeTensorMode():
-        rewards, x = torch.randn(2, 4), torch.randn(4, 3)
-        log_probs = gaussian_log_prob(x, x, 0.1)
-        valid = log_probs > 0
-        losses = (
-            pathwise_policy_loss(rewards, rewards, valid=valid),
-            score_function_loss(log_probs, log_probs, log_probs, valid=valid),
-        )
-        assert all(loss.shape == () for loss in losses)
+        rewards, x = torch.randn(2, 4), torch.randn(4, 3, 8, 8)
+        loss = pathwise_policy_loss(rewards, rewards, valid=rewards > 0)
+        noise = action_noise(x, 2, 4, torch.Generator())
+        gradient, usable = score_function_gradient(rewards, noise, torch.ones(4), normalize=True)
+        assert loss.shape == () and gradient.shape == x.shape and usable.shape == (4,)

@@ -11,7 +11,13 @@ from torch._subclasses import FakeTensorMode
 
 from vrpo_plugin.errors import ShapeError
 from vrpo_plugin.functional.interpolant import clean_estimate, noisy_sample
-from vrpo_plugin.functional.rewards import RewardState, feature_distance, fidelity_reward, semantic_reward
+from vrpo_plugin.functional.rewards import (
+    RewardState,
+    feature_distance,
+    fidelity_reward,
+    retrieval_reward,
+    semantic_reward,
+)
 
 MAPS = ((3, 4, 2, 3), (3, 2, 1, 1), (3, 5, 4, 4))
 
@@ -164,3 +170,25 @@ def test_a_short_position_or_token_leaves_the_others_their_gradient(length: floa
     tokens.requires_grad_()
     semantic_reward([tokens, tokens], [z, z]).sum().backward()
     assert tokens.grad is not None and tokens.grad[0].norm() > 0.1 * tokens.grad.norm()
+
+
+@pytest.mark.parametrize("queries", [1, 3, 8, 99])
+def test_retrieval_is_the_loop_over_tokens(queries: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(5, 8, 6, generator=g)
+    tokens = z + 0.8 * torch.randn(5, 8, 6, generator=g)
+    picked = [i * 8 // min(queries, 8) for i in range(min(queries, 8))]
+    for image in range(5):
+        right = 0
+        for query in picked:
+            cosines = torch.cosine_similarity(tokens[image, query], z.flatten(0, 1), dim=-1)
+            right += int(cosines.argmax()) // 8 == image
+        assert retrieval_reward(tokens, z, queries=queries)[image].item() == pytest.approx(right / len(picked))
+
+
+def test_retrieval_of_the_tokens_themselves_is_certain() -> None:
+    z = torch.randn(4, 9, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(retrieval_reward(3 * z, z), torch.ones(4))
+    assert not retrieval_reward(z.roll(1, 0), z).any()
+    with pytest.raises(ShapeError):
+        retrieval_reward(z[:3], z)

@@ -4,11 +4,12 @@ import math
 from contextlib import nullcontext
 
 import torch
-from einops import reduce
+from einops import rearrange
 from torch import Tensor
 
-from vrpo_plugin.errors import ConfigError, ShapeError, explain
-from vrpo_plugin.functional.tensors import promote, require_shape
+from vrpo_plugin.errors import ShapeError, explain
+from vrpo_plugin.functional.advantages import group_moments, inverse_scale
+from vrpo_plugin.functional.tensors import promote
 
 
 def pathwise_policy_loss(rewards: Tensor, coefficients: Tensor, *, valid: Tensor | None = None) -> Tensor:
@@ -70,73 +71,81 @@ def at_estimate(loss: Tensor, leaf: Tensor, x0_hat: Tensor) -> Tensor:
     return loss.detach() + ((x0_hat - x0_hat.detach()) * (gradient / unit)).sum()
 
 
-def gaussian_log_prob(action: Tensor, mean: Tensor, std: float | Tensor) -> Tensor:
-    """Log density of N(mean, std^2 I) at an action (equation 13).
+def coarse_sides(like: Tensor, grid: int) -> tuple[int, int]:
+    """Sides of the grid that the actions' noise is drawn on: at most the latent's own."""
+    height, width = like.shape[-2:]
+    return (min(grid, height), min(grid, width)) if grid else (height, width)
+
+
+def action_noise(like: Tensor, count: int, grid: int, generator: torch.Generator) -> Tensor:
+    """Orthogonal directions of low dimension for the actions of each state, e_ij (equation 13).
+
+    Normal noise on a coarse grid, made orthogonal within each state, of length sqrt(n), n its dimension; where there
+    are more actions than dimensions they are normal alone. Each coarse cell is repeated over the pixels it covers.
 
     Args:
-        action: (B, ...).
-        mean: same shape.
-        std: positive, a number or broadcastable to ``mean``.
+        like: latents (B, C, H, W), for shape, dtype and device.
+        count: K, actions of each state.
+        grid: sides of the coarse grid; 0, or more than a side, stands for the latent's own.
+        generator: source of the noise, on the device of ``like``.
 
     Returns:
-        Log densities (B,), summed over all but the first dimension.
+        (K, B, C, H, W), of unit mean square.
 
-    Raises:
-        ConfigError: ``std`` is a number that is not positive.
-        ShapeError: the shapes differ.
-
-    Source: definition of the normal density.
+    Source: our derivation. Independent orthogonal directions tell more of a gradient than antithetic pairs of half as
+        many: cosines of sqrt((K - 1) / n) against sqrt(K / 2 / n).
     """
-    require_shape("action", action, mean.shape)
-    if not isinstance(std, Tensor) and not std > 0:
-        raise ConfigError(explain("std", expected="> 0", got=std, do="Set action_std to 0.1, the default."))
-    # A number stays one: bringing it to the device would make the host wait.
-    log_std = promote(std).log() if isinstance(std, Tensor) else math.log(std)
-    log_prob = -0.5 * ((promote(action) - promote(mean)) / std).square() - log_std - 0.5 * math.log(2 * math.pi)
-    return reduce(log_prob, "b ... -> b", "sum")
+    batch, channels, height, width = like.shape
+    rows, columns = coarse_sides(like, grid)
+    n = channels * rows * columns
+    noise = torch.randn(batch, count, n, generator=generator, device=like.device, dtype=promote(like).dtype)
+    directions: list[Tensor] = []
+    for direction in noise.unbind(1):  # over actions, all samples at once
+        if count <= n:
+            for other in directions:
+                direction = direction - (direction * other).sum(-1, keepdim=True) * other
+        directions.append(torch.nn.functional.normalize(direction, dim=-1))
+    coarse = rearrange(torch.stack(directions) * math.sqrt(n), "k b (c h w) -> (k b) c h w", c=channels, h=rows)
+    fine = torch.nn.functional.interpolate(coarse, size=(height, width), mode="nearest")
+    return rearrange(fine, "(k b) c h w -> k b c h w", k=count)
 
 
-def score_function_loss(
-    log_probs: Tensor,
-    old_log_probs: Tensor,
-    advantages: Tensor,
-    *,
-    epsilon: float = 0.2,
-    valid: Tensor | None = None,
-) -> Tensor:
-    """Clipped score-function loss for rewards without a gradient, -mean min(rho A, clip(rho) A) (equation 14).
+def score_function_gradient(
+    rewards: Tensor, noise: Tensor, std: Tensor, *, cell: float = 1.0, normalize: bool = False, eps: float = 1e-4
+) -> tuple[Tensor, Tensor]:
+    """Gradient of a reward from its values at several actions of each state (equation 14).
 
-    rho = exp(log_probs - old_log_probs) is 1 when each group is used for one update, and the gradient is then
-    REINFORCE's.
+    g_i = sum_j A_ij e_ij / (std_i (K - 1) m), A_ij = R_ij - mean_j R_i, or that over std_j R_i + eps; in expectation
+    the gradient's mean over each coarse cell of m pixels. The group is the state: no state is compared with another.
 
     Args:
-        log_probs: under the present policy, any shape.
-        old_log_probs: under the policy that drew the actions, same shape; detached here.
-        advantages: same shape; detached here.
-        epsilon: half-width of the ratio's trust region.
-        valid: same shape; False leaves an action out of the mean.
+        rewards: R of the actions x0_hat + std * noise, (K, B); those that are not finite are left out.
+        noise: e (K, B, C, H, W) of :func:`action_noise`.
+        std: standard deviation of each state's actions (B,), > 0.
+        cell: m, pixels that share a direction.
+        normalize: divide advantages by the state's own standard deviation.
+        eps: added to it.
 
     Returns:
-        Scalar loss.
+        The gradient (B, C, H, W), 0 for states with fewer than two finite rewards, and which states (B,) have more.
 
     Raises:
         ShapeError: the shapes differ.
 
-    Source: PPO, arXiv 1707.06347, equation 7; GRPO, arXiv 2402.03300, equation 3, without its KL term.
+    Source: REINFORCE with the group's mean as baseline; GRPO, arXiv 2402.03300, section 4.1.
     """
-    if not log_probs.shape == old_log_probs.shape == advantages.shape:
+    if rewards.ndim != 2 or noise.shape[:2] != rewards.shape or std.shape != rewards.shape[1:]:
         raise ShapeError(
             explain(
-                "advantages, old_log_probs",
-                expected=f"like log_probs {tuple(log_probs.shape)}",
-                got=(tuple(advantages.shape), tuple(old_log_probs.shape)),
-                do="Pass one advantage and one old log-probability per action.",
+                "noise, std",
+                expected=f"(K, B, ...) and (B,) of rewards {tuple(rewards.shape)}",
+                got=(tuple(noise.shape), tuple(std.shape)),
+                do="Pass one direction per action.",
             )
         )
-    if valid is None:
-        valid = torch.ones_like(advantages, dtype=torch.bool)
-    # Before the product: 0 times the gradient of a NaN that is left out would be NaN again.
-    advantages = torch.where(valid, promote(advantages).detach(), 0)
-    ratio = torch.where(valid, promote(log_probs) - promote(old_log_probs).detach(), 0).exp()
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
-    return -surrogate.sum() / valid.sum().clamp(min=1)
+    moments = group_moments(rewards.T)  # the actions of a state are a group
+    advantages = moments.deviation * inverse_scale(moments, scale="group" if normalize else "none", eps=eps)
+    factors = advantages / ((moments.count - 1).clamp(min=1) * promote(std)[:, None] * cell)
+    # Not einsum, which autocast would compute in half precision.
+    gradient = (rearrange(factors, "b k -> k b 1 1 1") * promote(noise)).sum(0)
+    return gradient, (moments.count >= 2).squeeze(-1)

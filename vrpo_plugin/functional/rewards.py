@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor
 
@@ -96,3 +97,31 @@ def feature_distance(features: Sequence[Tensor], reference: Sequence[Tensor], *,
         f, g = directions(promote(f), 1, eps=eps), directions(promote(g), 1, eps=eps)
         distances.append(reduce((f - g).square().sum(1), "b h w -> b", "mean"))
     return torch.stack(distances).mean(0)
+
+
+def retrieval_reward(tokens: Tensor, z: Tensor, *, queries: int = 16) -> Tensor:
+    """Share of an image's tokens whose nearest encoder token in the batch is one of the same image.
+
+    A reward without a gradient: for ``black_box_rewards``, with the critic's tokens of an estimate.
+
+    Args:
+        tokens: (B, N, D), of the estimates.
+        z: frozen tokens of the clean images (B, N, D).
+        queries: tokens of each image that are looked at, evenly spaced; memory is B * queries * B * N numbers.
+
+    Returns:
+        Rewards (B,), in [0, 1].
+
+    Raises:
+        ShapeError: the shapes differ.
+
+    Source: our derivation; retrieval as in contrastive learning, CPC, arXiv 1807.03748.
+    """
+    require_shape("tokens", tokens, z.shape)
+    batch, count, _ = z.shape
+    picked = torch.arange(min(queries, count), device=z.device) * count // min(queries, count)
+    asked, known = (F.normalize(promote(x), dim=-1) for x in (tokens[:, picked], z))
+    # Distances, which no autocast computes in half precision; of unit vectors they order as cosines do.
+    nearest = torch.cdist(asked.flatten(0, 1), known.flatten(0, 1)).argmin(1).unflatten(0, (batch, -1)) // count
+    own = torch.arange(batch, device=z.device)[:, None]
+    return (nearest == own).to(asked.dtype).mean(1)

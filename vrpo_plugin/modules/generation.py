@@ -12,14 +12,23 @@ from vrpo_plugin.config import BUILTIN_REWARDS, VRPOConfig
 from vrpo_plugin.errors import ConfigError, ShapeError, explain
 from vrpo_plugin.functional.advantages import GroupMoments, combine_rewards, group_moments
 from vrpo_plugin.functional.groups import Groups, image_groups, noise_strata
-from vrpo_plugin.functional.policy import at_estimate, gaussian_log_prob, pathwise_policy_loss, score_function_loss
+from vrpo_plugin.functional.interpolant import time_like
+from vrpo_plugin.functional.policy import (
+    action_noise,
+    at_estimate,
+    coarse_sides,
+    pathwise_policy_loss,
+    score_function_gradient,
+)
 from vrpo_plugin.functional.rewards import RewardState, feature_distance, fidelity_reward, semantic_reward
-from vrpo_plugin.functional.tensors import finite_or_zero, finite_samples, masked_mean, zero_unless
+from vrpo_plugin.functional.tensors import finite_or_zero, finite_samples, masked_mean, promote, zero_unless
 from vrpo_plugin.functional.weights import inverse_variance_weights, noise_gate
 from vrpo_plugin.modules.collapse import CollapseWatch
 from vrpo_plugin.modules.critic import CriticOutput, LatentCritic
 from vrpo_plugin.modules.inputs import described
 from vrpo_plugin.modules.statistics import RewardStatistics
+
+SMALLEST_ACTION_TIME = 0.05
 
 Reward = Callable[[RewardState], Tensor | tuple[Tensor, Tensor]]
 
@@ -34,6 +43,21 @@ class GenerationOutput:
     weights: dict[str, Tensor]
     advantages: Tensor
     metrics: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Actions:
+    """K actions of each state, for rewards without a gradient.
+
+    Attributes:
+        noise: directions (K, B, C, H, W).
+        std: of each state's actions (B,).
+        rewards: (R, K, B), marked as :func:`_marked` says.
+    """
+
+    noise: Tensor
+    std: Tensor
+    rewards: Tensor
 
 
 class GenerationReadout(nn.Module):
@@ -119,9 +143,9 @@ class GenerationReadout(nn.Module):
         leaf = estimate.detach().requires_grad_() if early else estimate
         # A view: hooks on a module's inputs, as torch's flop counter has them, take no leaf.
         values = self._pathwise_rewards(replace(state, x0_hat=leaf.view_as(leaf)), clean)
-        action = self._draw_action(state, generator) if self.black_box_rewards else None
+        actions = self._score_actions(state, generator) if self.black_box_rewards else None
         with torch.no_grad():
-            rewards = self._all_rewards(values, state, action)
+            rewards = self._all_rewards(values, state, actions)
             valid = torch.isfinite(rewards) & sound
             groups = self._groups(state)
             moments = group_moments(groups.split(torch.where(valid, rewards, torch.nan)), mask=groups.mask)
@@ -134,17 +158,9 @@ class GenerationReadout(nn.Module):
         loss = pathwise_policy_loss(values, coefficients[:split], valid=valid[:split])
         if early and split:
             loss = at_estimate(loss, leaf, estimate)
-        if action is not None:
-            black_box = slice(split, len(self.names))
-            advantage, _ = self._combine(moments, weights[black_box], black_box)
-            log_probs = gaussian_log_prob(action, state.x0_hat, self.config.action_std)
-            loss = loss + score_function_loss(
-                log_probs,
-                log_probs.detach(),
-                groups.join(advantage) * gate,
-                epsilon=self.config.epsilon,
-                valid=valid[black_box].any(0),
-            )
+        if actions is not None:
+            shares = groups.join(weights.expand(-1, *groups.index.shape))[split:] * gate
+            loss = loss + self._black_box_loss(actions, shares, rewards[split : len(self.names)], sound, estimate)
         metrics = self._metrics(rewards, valid, moments, weights, advantages, sound) | agreement
         self._watch(metrics)
         return GenerationOutput(
@@ -207,7 +223,9 @@ class GenerationReadout(nn.Module):
             values.append(_marked(value, scored))
         return values
 
-    def _draw_action(self, state: RewardState, generator: torch.Generator | None) -> Tensor:
+    @torch.no_grad()
+    def _score_actions(self, state: RewardState, generator: torch.Generator | None) -> Actions:
+        """Every black-box reward at K actions of each state."""
         if generator is None:
             raise ConfigError(
                 explain(
@@ -217,18 +235,45 @@ class GenerationReadout(nn.Module):
                     do="Pass aligner(..., generator=torch.Generator(device).manual_seed(seed)).",
                 )
             )
-        mean = state.x0_hat.detach()
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-        return mean + self.config.action_std * noise
+        config, mean = self.config, state.x0_hat.detach()
+        noise = action_noise(mean, config.actions, config.action_grid, generator)
+        # Near the data an estimate hardly errs, and is hardly varied; at t = 0 a direction still needs a length.
+        std = config.action_std * promote(state.t).clamp(min=SMALLEST_ACTION_TIME)
+        rows = []
+        for direction in noise:  # over actions, not samples: a reward is called with a batch at a time
+            acted = replace(state, x0_hat=mean + time_like(std, mean) * direction.to(mean.dtype))
+            rows.append(torch.stack([_marked(*_call_reward(n, r, acted)) for n, r in self.black_box_rewards.items()]))
+        return Actions(noise, std, torch.stack(rows, 1))
 
-    def _all_rewards(self, values: Tensor, state: RewardState, action: Tensor | None) -> Tensor:
-        """Every watched reward (K, B), without gradient, in the order of ``watched``."""
+    def _black_box_loss(
+        self, actions: Actions, shares: Tensor, rewards: Tensor, sound: Tensor, x0_hat: Tensor
+    ) -> Tensor:
+        """Equation 14: what the rewards are, with the gradient that their actions tell."""
+        rows, columns = coarse_sides(x0_hat, self.config.action_grid)
+        cell = x0_hat[0, 0].numel() / (rows * columns)
+        loss = x0_hat.new_zeros((), dtype=torch.float32)
+        for scored, share, reward in zip(actions.rewards, shares, rewards, strict=True):
+            gradient, usable = score_function_gradient(
+                torch.where(sound, scored, torch.nan),
+                actions.noise,
+                actions.std,
+                cell=cell,
+                normalize=self.config.scale != "none",
+                eps=self.config.scale_eps,
+            )
+            count = usable.sum().clamp(min=1)
+            weight = torch.where(usable, share, 0) / count
+            value = -(weight * torch.where(usable, reward, 0)).sum()
+            # A sample that is not finite is zeros here, and has no gradient.
+            moved = (time_like(weight, x0_hat) * gradient * (x0_hat - x0_hat.detach())).sum()
+            loss = loss + value - moved
+        return loss
+
+    def _all_rewards(self, values: Tensor, state: RewardState, actions: Actions | None) -> Tensor:
+        """Every watched reward (K, B), without gradient, in the order of ``watched``; a black box's is a mean."""
         rows = [values.detach()]
-        if action is not None:
-            acted = replace(state, x0_hat=action)
-            for name, reward in self.black_box_rewards.items():
-                value, scored = _call_reward(name, reward, acted)
-                rows.append(_marked(value, scored)[None])
+        if actions is not None:
+            rows.append(_mean_of_actions(actions.rewards))
         if "fidelity" not in self.names:
             rows.append(fidelity_reward(state.x0_hat, state.x0)[None])
         return torch.cat(rows)
@@ -316,6 +361,14 @@ def _call_reward(name: str, reward: Reward, state: RewardState) -> tuple[Tensor,
             )
         )
     return value, scored
+
+
+def _mean_of_actions(rewards: Tensor) -> Tensor:
+    """Means (R, B) over the finite of K actions (R, K, B); where fewer than two are, inf or NaN as in ``_marked``."""
+    finite = torch.isfinite(rewards)
+    count = finite.sum(1)
+    mean = torch.where(finite, rewards, 0).sum(1) / count.clamp(min=1)
+    return torch.where(count >= 2, mean, torch.where(torch.isinf(rewards).any(1), torch.inf, torch.nan))
 
 
 def _marked(value: Tensor, scored: Tensor | None) -> Tensor:
