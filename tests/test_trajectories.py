@@ -57,11 +57,15 @@ def test_compiled_is_eager(setting: str) -> None:
     losses, state = train(eager, eager)
     compiled_losses, compiled_state = train(compiled, torch.compile(compiled, backend="aot_eager", fullgraph=True))
     assert losses.std() > 0.01  # it trains
-    # The same operators in the same order, but for sums that the graph of the backward pass orders otherwise: float32
-    # rounds at 6e-8, and Adam divides by the square root of small second moments.
+    # The same operators, but for sums in another order (eager code forms the rewards' gradient in the forward pass):
+    # float32 rounds at 6e-8, and Adam divides by the square root of small second moments.
     torch.testing.assert_close(compiled_losses, losses, rtol=1e-5, atol=1e-6)
     for name, value in state.items():
-        torch.testing.assert_close(compiled_state[name], value, rtol=1e-4, atol=1e-5, msg=name)
+        ours, theirs = compiled_state[name], value
+        if name.endswith("qkv.bias"):
+            # A shift of all keys changes no attention: their bias has gradient 0, and Adam makes steps of its rounding.
+            ours, theirs = (torch.cat([x.chunk(3)[0], x.chunk(3)[2]]) for x in (ours, theirs))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.slow
