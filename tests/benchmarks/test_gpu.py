@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -18,10 +19,12 @@ REPO = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPO / "benchmarks"), str(REPO / "examples")]
 
 from convergence_recipe import read_recipe  # noqa: E402
+from convergence_report import last_point  # noqa: E402
 from gpu_stages import converge, report  # noqa: E402
 from gpu_stages.data import unpack  # noqa: E402
 from gpu_stages.graphs import GraphedRun, SharedBatch, advance_together  # noqa: E402
 from gpu_stages.stage import Stage  # noqa: E402
+from gpu_stages.step import ratios  # noqa: E402
 from train_options import parse_options  # noqa: E402
 from train_parts import TrainingStep, build_ema, build_model, build_optimizer, ema_decay, update_ema  # noqa: E402
 
@@ -314,3 +317,28 @@ def test_the_page_shows_the_stored_results() -> None:
         text = (REPO / "benchmarks" / "results" / f"gpu_{stage}.json").read_text(encoding="utf-8")
         assert json.loads(text)["card"] in shown
         assert "/tmp" not in text and "/home" not in text and "/root" not in text
+
+
+def test_the_readme_says_what_is_stored() -> None:
+    readme = " ".join((REPO / "README.md").read_text(encoding="utf-8").split())
+    stored = {group["title"]: group["rows"] for group in read(REPO / "benchmarks" / "results", "step")["groups"]}
+    said = {}
+    for title in ("SiT-B/2", "SiT-XL/2"):
+        rows = {row["variant"]: row for row in stored[title] if not row["encoder"]}
+        for critic in ("frozen", "online"):
+            row, base = rows[f"VRPO, {critic} critic"], rows["REPA"]
+            said[title, critic] = (
+                f"{statistics.median(ratios(row, base)):.2f}",
+                f"{row['peak_bytes'] / base['peak_bytes']:.2f}",
+            )
+    (b, b_memory), (o, o_memory) = said["SiT-B/2", "frozen"], said["SiT-B/2", "online"]
+    assert f"takes {b} (frozen critic) and {o} (online) of unpatched REPA's time at SiT-B/2" in readme
+    assert f"and {b_memory} and {o_memory} of its memory" in readme
+    (b, b_memory), (o, o_memory) = said["SiT-XL/2", "frozen"], said["SiT-XL/2", "online"]
+    assert f"{b} and {o}, {b_memory} and {o_memory} at SiT-XL/2" in readme
+    runs = read(REPO / "benchmarks" / "results", "converge")["recipes"]["cifar16"]["runs"]
+    means = []
+    for method in ("vrpo", "repa"):
+        ends = [last_point(run)["judges"]["classes"]["fd"] for run in runs if run["method"] == method]
+        means.append(f"{statistics.mean(ends):.2f}")
+    assert f"FD (classes) {means[0]} against {means[1]}" in readme
