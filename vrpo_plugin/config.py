@@ -50,8 +50,8 @@ class VRPOConfig:
         reward_coeff: weight of the generation part (at its begin, where it is let go of); 0 makes no critic. 0.8 to 1.6
             ended within an eighth of each other in docs/results.md; more is slower at first.
         reward_release: schedule of the generation part, as ``release``. ``linear`` ended at the lowest distances in
-            docs/results.md: a constant reward acts like guidance that is built in. Its end is the best moment: trained on
-            without rewards, the lead fades there.
+            docs/results.md: a constant reward acts like guidance that is built in. Its end is the best moment: trained
+            on without rewards, the lead fades there.
         reward_release_steps: as ``release_steps``. 0: the length of the run, which :meth:`for_run` fills in; where
             nobody does, nothing is let go of.
         reward_floor: share of ``reward_coeff`` that the schedule of the generation part ends at, in [0, 1]. Above 0 not
