@@ -64,14 +64,14 @@ def growth(steps: int, **settings: Any) -> tuple[int, float]:
 
 def test_a_step_leaves_nothing_alive() -> None:
     tensors, memory = growth(300, **SETTINGS["own rewards"])
-    assert tensors == 0 and memory < 0.01
+    assert tensors <= 0 and memory < 0.01  # fewer, where what earlier tests have left is collected meanwhile
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_thousand_steps_leave_nothing_alive(setting: str) -> None:
     tensors, memory = growth(1000, **SETTINGS[setting])
-    assert tensors == 0 and memory < 0.01
+    assert tensors <= 0 and memory < 0.01
 
 
 def leaking(kept: list[Any], keep: Callable[[RewardState], Any]) -> Callable[[RewardState], Tensor]:
@@ -100,7 +100,7 @@ def test_validation_and_a_call_that_fails_leave_nothing_alive() -> None:
     for _ in range(3):
         with torch.no_grad():
             model(batch.x_t, batch.t, batch.y)
-        aligner._checked = False
+        aligner._seen.clear()
         with pytest.raises(ValueError):
             align(model, aligner, make_batch(8, dims=(13,)))
         counts.append(tensors_alive())
