@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gpu_stages.data import unpack
 from gpu_stages.example import EXAMPLES  # noqa: F401  # puts the example's modules on the path
-from gpu_stages.graphs import GraphedRun, SharedBatch, advance_together
+from gpu_stages.graphs import GraphedRun, SharedBatch, advance_together, plain_state
 from gpu_stages.stage import Stage
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
@@ -226,7 +226,6 @@ def _fitting(stage: Stage, benchmark: Benchmark) -> int | None:
     recipe = benchmark.recipe
     runs = [Run(benchmark, method, seed) for seed in recipe.seeds for method in recipe.methods]
     batches, graphed = _build(stage, runs)
-    rate = 0.0
     for step in range(2 * PROBE_STEPS):
         if step == PROBE_STEPS:
             _synchronize(stage)
@@ -322,7 +321,7 @@ def _train_wave(stage: Stage, runs: Sequence[Run], judge: Judge, records: dict[K
             record = records.setdefault(
                 (run.method, run.seed), {"method": run.method, "seed": run.seed, "judging": run.judging(), "points": []}
             )
-            ema, state = _plain(own.ema), _plain(own.model)
+            ema, state = plain_state(own.ema), plain_state(own.model)
             done = {(point["step"], point["guidance"]) for point in record["points"]}
             for step, guidance in evaluation.points():
                 if step == last and (step, guidance) not in done:
@@ -332,10 +331,6 @@ def _train_wave(stage: Stage, runs: Sequence[Run], judge: Judge, records: dict[K
         keep({"runs": len(runs), "seconds": seconds, "launching_seconds": host})
         _save(folder, graphed, records, last)
     _export(stage, runs, graphed)
-
-
-def _plain(module: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach() for name, value in module.state_dict().items()}
 
 
 def _save(folder: Path, graphed: Mapping[Key, GraphedRun], records: Mapping[Key, Any], step: int) -> None:
@@ -384,7 +379,10 @@ def _export(stage: Stage, runs: Sequence[Run], graphed: Mapping[Key, GraphedRun]
     left_out = []
     for run in runs:
         own = graphed[run.method, run.seed]
-        weights = {**_plain(own.ema), **{k: v for k, v in _plain(own.model).items() if k.startswith("vrpo.projectors")}}
+        weights = {
+            **plain_state(own.ema),
+            **{k: v for k, v in plain_state(own.model).items() if k.startswith("vrpo.projectors")},
+        }
         tensors = {f"{run.method}-seed{run.seed}/{k}": v.half().cpu().contiguous() for k, v in weights.items()}
         size = sum(tensor.nbytes for tensor in tensors.values())
         if size + sum(tensor.nbytes for tensor in files[-1].values()) > EMA_BYTES and files[-1]:

@@ -109,10 +109,10 @@ class GraphedRun:
         options: of the example.
         config: the objective.
         source: for the sizes.
-        encoder: for the sizes; None where the method aligns nothing.
+        targets: for the sizes; None where the method aligns nothing.
         shared: whose batches it trains on.
         graph: capture the step as a CUDA graph; False runs it eagerly.
-        compiled: ``torch.compile`` of the blocks.
+        compiled: ``torch.compile`` of the blocks and of the aligner.
     """
 
     def __init__(
@@ -148,7 +148,6 @@ class GraphedRun:
         self.wants_graph = graph and self.device.type == "cuda"
         self.graph: torch.cuda.CUDAGraph | None = None
         self.step = self.eager_steps = 0
-        self.metrics: dict[str, Tensor] = {}
 
     def advance(self) -> None:
         """One step on the shared batch, on this run's stream; nothing waits for it."""
@@ -183,7 +182,6 @@ class GraphedRun:
         self.optimizer.step()
         update_ema(self.ema, self.model, self.decay, skipped)
         self.skipped += skipped
-        self.metrics = metrics
         _keep_addresses(self.model, buffers)
 
     def check(self) -> None:
@@ -201,8 +199,8 @@ class GraphedRun:
     def state(self) -> dict[str, dict[str, Tensor]]:
         """All that the next step depends on, by part; what was drawn depends on the step alone."""
         return {
-            "model": _plain(self.model),
-            "ema": _plain(self.ema),
+            "model": plain_state(self.model),
+            "ema": plain_state(self.ema),
             "optimizer": {
                 f"{i}/{key}": value
                 for i, parameter in enumerate(self._trained())
@@ -216,11 +214,10 @@ class GraphedRun:
         with on(self.stream):
             self.model.load_state_dict(state["model"])
             self.ema.load_state_dict(state["ema"])
-            for i, parameter in enumerate(self._trained()):
-                for name, value in state["optimizer"].items():
-                    number, _, key = name.partition("/")
-                    if int(number) == i:
-                        self.optimizer.state[parameter][key] = value.to(self.device, copy=True)
+            trained = self._trained()
+            for name, value in state["optimizer"].items():
+                number, _, key = name.partition("/")
+                self.optimizer.state[trained[int(number)]][key] = value.to(self.device, copy=True)
             self.skipped.copy_(state["run"]["skipped"])
         self.step = step
 
@@ -237,7 +234,8 @@ def _keep_addresses(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
             setattr(module.get_submodule(owner), attribute, old)
 
 
-def _plain(module: nn.Module) -> dict[str, Tensor]:
+def plain_state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, without gradient."""
     return {name: value.detach() for name, value in module.state_dict().items()}
 
 

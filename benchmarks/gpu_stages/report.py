@@ -45,8 +45,10 @@ def write_report(outputs: Sequence[Path], root: Path) -> None:
 
 
 def _files(outputs: Sequence[Path], name: str) -> list[Path]:
+    """Those that hold more than what a stage writes before it measures."""
+    empty = {"stage", "stage_seconds", "skipped", "errors", "finished", *STAMP}
     paths = [folder / f"gpu_{name}.json" for folder in outputs]
-    return [path for path in paths if path.exists() and len(json.loads(path.read_text(encoding="utf-8"))) > 9]
+    return [path for path in paths if path.exists() and json.loads(path.read_text(encoding="utf-8")).keys() - empty]
 
 
 def merge(name: str, records: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -39,7 +39,25 @@ class Source(Protocol):
         """16 hex digits that change with names, labels and file sizes (of large folders, 1,000 sizes)."""
 
 
-class DigitsSource:
+class _InMemory:
+    """Labelled pixels in two arrays."""
+
+    _images: Tensor
+    _labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def load(self, index: int) -> tuple[Tensor, Tensor | None, int]:
+        """See :meth:`Source.load`."""
+        return self._images[index], None, int(self._labels[index])
+
+    def fingerprint(self) -> str:
+        """See :meth:`Source.fingerprint`."""
+        return _digest([self._images.numpy().tobytes(), self._labels.tobytes()])
+
+
+class DigitsSource(_InMemory):
     """The 1,797 handwritten digits that scikit-learn bundles, (1, size, size), upsampled bilinearly from 8x8.
 
     Args:
@@ -64,17 +82,6 @@ class DigitsSource:
         self._labels = digits.target.astype(np.int64)
         self.image_shape: Shape = (1, size, size)
         self.latent_shape: Shape = self.image_shape
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def load(self, index: int) -> tuple[Tensor, Tensor | None, int]:
-        """See :meth:`Source.load`."""
-        return self._images[index], None, int(self._labels[index])
-
-    def fingerprint(self) -> str:
-        """See :meth:`Source.fingerprint`."""
-        return _digest([self._images.numpy().tobytes(), self._labels.tobytes()])
 
 
 class ImageFolderSource:
@@ -130,7 +137,7 @@ class ImageFolderSource:
         return _digest([repr(self.image_shape).encode(), *self._files.parts(), self._labels.tobytes()])
 
 
-class ArraySource:
+class ArraySource(_InMemory):
     """Images that fit into memory, read once: an ``.npz`` file of ``images`` uint8 (N, C, S, S) and ``labels`` (N,).
 
     Args:
@@ -151,17 +158,6 @@ class ArraySource:
         self.num_classes = int(self._labels.max()) + 1
         self.image_shape: Shape = tuple(images.shape[1:])
         self.latent_shape: Shape = self.image_shape
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def load(self, index: int) -> tuple[Tensor, Tensor | None, int]:
-        """See :meth:`Source.load`."""
-        return self._images[index], None, int(self._labels[index])
-
-    def fingerprint(self) -> str:
-        """See :meth:`Source.fingerprint`."""
-        return _digest([self._images.numpy().tobytes(), self._labels.tobytes()])
 
 
 class RepaSource:
