@@ -1,7 +1,5 @@
 """Properties of the pure functions, for random calls."""
 
-import itertools
-
 import torch
 from hypothesis import strategies as st
 from reliability_draws import FILLS, Property, Values, close, finite, holes, refused, seeds, sides, values
@@ -9,20 +7,17 @@ from torch import Tensor
 
 from vrpo_plugin.functional.advantages import (
     SCALES,
-    combine_rewards,
-    group_moments,
     group_relative_advantages,
     inverse_scale,
 )
 from vrpo_plugin.functional.alignment import cosine_alignment, spatial_normalize
-from vrpo_plugin.functional.groups import image_groups, noise_strata
 from vrpo_plugin.functional.interpolant import clean_estimate, estimate_from_noise, noise_level, noisy_sample
+from vrpo_plugin.functional.levels import LEVELS, level_moments, level_variance, merge_moments, noise_levels, remember
 from vrpo_plugin.functional.policy import action_noise, pathwise_policy_loss, score_function_gradient
 from vrpo_plugin.functional.rewards import feature_distance, fidelity_reward, semantic_reward
 from vrpo_plugin.functional.tensors import finite_samples, masked_mean, resample_tokens, square_grid, zero_unless
 from vrpo_plugin.functional.weights import inverse_variance_weights
 
-epsilons = st.sampled_from((0.0, 1e-4, 1.0))
 scales = st.sampled_from((*SCALES, "other"))
 
 
@@ -46,81 +41,60 @@ def check_advantages(advantages: Tensor, rewards: Tensor, valid: Tensor) -> None
     assert bool((total <= 1e-2 * most + 1e-30)[known].all()), "a group's advantages have another mean than 0"
 
 
-def group_advantages(case: tuple[Values, int | None, str, float]) -> str:
-    given, mask_seed, scale, eps = case
+def group_advantages(case: tuple[Values, int | None, str]) -> str:
+    given, mask_seed, scale = case
     rewards = given.tensor()
     if rewards.ndim == 0 or rewards.shape[-1] == 0:
         return refused(lambda: group_relative_advantages(rewards), "rewards without groups")
     if scale == "other":
         return refused(lambda: group_relative_advantages(rewards, scale=scale), "an unknown scale")  # type: ignore
     mask = None if mask_seed is None else Values(given.shape, seed=mask_seed).tensor() > 0
-    advantages = group_relative_advantages(rewards, mask=mask, scale=scale, eps=eps)
+    advantages = group_relative_advantages(rewards, mask=mask, scale=scale)
     valid = torch.isfinite(rewards) if mask is None else torch.isfinite(rewards) & mask
     assert advantages.dtype == (torch.float64 if given.dtype == "float64" else torch.float32)
     check_advantages(advantages, rewards, valid)
     if given.fill == "whole":
-        shifted = group_relative_advantages(rewards.double() + 7, mask=mask, scale=scale, eps=eps)
-        assert close(shifted, group_relative_advantages(rewards.double(), mask=mask, scale=scale, eps=eps))
+        shifted = group_relative_advantages(rewards.double() + 7, mask=mask, scale=scale)
+        assert close(shifted, group_relative_advantages(rewards.double(), mask=mask, scale=scale))
     return "computed"
 
 
-def combined_rewards(case: tuple[Values, float, float, str, str, float]) -> str:
-    given, floor, cap, scale, aggregation, eps = case
+def memories(case: tuple[Values, int, int]) -> str:
+    """Moments of any rewards are finite, do not depend on how samples are split, and never tell equal rewards apart."""
+    given, seed, parts = case
     rewards = given.tensor()
-    moments = group_moments(rewards)
-    weights = inverse_variance_weights(moments.variance, floor=floor, cap=cap)
-    options = {"scale": scale, "aggregation": aggregation, "eps": eps}
-    if scale == "other":
-        return refused(lambda: combine_rewards(moments, weights, **options), "an unknown scale")
-    advantages, coefficients = combine_rewards(moments, weights, **options)
-    assert advantages.shape == rewards.shape[1:] and coefficients.shape == (*rewards.shape[:2], 1)
-    assert finite(advantages) and finite(coefficients) and bool((coefficients >= 0).all())
-    valid = torch.isfinite(rewards)
-    assert not advantages[~valid.any(0)].any() and not advantages[dead(rewards, valid).all(0)].any()
-    assert finite(inverse_scale(moments, scale=scale, eps=eps))
-    if given.fill == "whole" and given.dtype == "float64":
-        shifted = combine_rewards(group_moments(rewards + 7), weights, **options)
-        assert close(shifted[0], advantages) and close(shifted[1], coefficients)
+    t = Values((given.shape or (1,))[-1:], seed=seed).tensor()
+    if rewards.ndim != 2:
+        return refused(lambda: level_moments(rewards, noise_levels(t), torch.isfinite(rewards)), "no rewards (K, B)")
+    level, valid = noise_levels(t), torch.isfinite(rewards)
+    whole = level_moments(rewards, level, valid)
+    assert (
+        whole.shape == (3, len(rewards), LEVELS) and whole[0].sum() == valid.sum() and bool((whole[[0, 2]] >= 0).all())
+    )
+    if given.fill == "whole":
+        size = max(1, -(-len(t) // parts))
+        cut = zip(rewards.split(size, -1), level.split(size), valid.split(size, -1), strict=True)
+        assert close(merge_moments(torch.stack([level_moments(*part) for part in cut])), whole, rtol=1e-4, atol=1e-4)
+    memory = remember(torch.zeros_like(whole), whole)
+    assert close(memory, whole, atol=0)
+    scale = inverse_scale(level_variance(memory))
+    assert finite(scale) and bool((scale >= 0).all())
+    same = torch.where(valid, rewards, 0).sum(1, keepdim=True).expand_as(rewards)
+    variance = level_variance(level_moments(same, level, torch.ones_like(valid)))
+    assert not (variance > 0).any(), "equal rewards have a variance"
     return "computed"
 
 
-def strata(case: tuple[Values, int]) -> str:
-    given, group_size = case
-    t = given.tensor()
-    if t.ndim != 1 or len(t) == 0 or group_size < 1:
-        return refused(lambda: noise_strata(t, group_size), "no times or no size")
-    groups = noise_strata(t, group_size)
-    assert sorted(groups.index[groups.mask].tolist()) == list(range(len(t)))
-    assert groups.mask.sum(1).tolist()[:-1] == [group_size] * (max(len(t) // group_size, 1) - 1)
-    assert close(groups.join(groups.split(t)), t, atol=0)
-    if finite(t):
-        parts = [t[index[mask]] for index, mask in zip(groups.index, groups.mask, strict=True)]
-        assert all(a.max() <= b.min() for a, b in itertools.pairwise(parts))
-    return "computed"
-
-
-def draws_of_images(case: tuple[int, int]) -> str:
-    batch, group_size = case
-    if group_size < 1 or batch < 1 or batch % group_size:
-        return refused(lambda: image_groups(batch, group_size), "no whole groups")
-    groups = image_groups(batch, group_size)
-    assert groups.index.flatten().tolist() == list(range(batch)) == groups.slot.tolist() and groups.mask.all()
-    return "computed"
-
-
-def weights_of_rewards(case: tuple[Values, float, float]) -> str:
-    given, floor, cap = case
+def weights_of_rewards(given: Values) -> str:
     variance = given.tensor().abs()
-    if not 0 < cap <= 1 or not floor > 0 or variance.ndim == 0 or len(variance) == 0:
-        return refused(lambda: inverse_variance_weights(variance, floor=floor, cap=cap), "floor, cap or no reward")
-    weights = inverse_variance_weights(variance, floor=floor, cap=cap)
+    if variance.ndim == 0 or len(variance) == 0:
+        return refused(lambda: inverse_variance_weights(variance), "no reward")
+    weights = inverse_variance_weights(variance)
     live = torch.isfinite(variance) & (variance > 0)
     assert weights.shape == variance.shape and finite(weights) and bool((weights >= 0).all())
     assert close(weights.sum(0), torch.ones(()), rtol=1e-5)
     assert not weights[~live & live.any(0)].any()
-    limit = (1 / live.sum(0).clamp(min=1)).clamp(min=cap)
-    assert bool((weights <= limit * 1.0001)[live].all())
-    order = torch.where(live, variance.clamp(min=floor), torch.inf).argsort(0)
+    order = torch.where(live, variance, torch.inf).argsort(0)
     assert bool((weights.gather(0, order).diff(dim=0) <= 1e-6).all()), "a reward of more variance weighs more"
     return "computed"
 
@@ -238,13 +212,8 @@ moderate = ("normal", "small", "whole", "constant", "zero")
 some_shape = st.lists(sides, min_size=0, max_size=3).map(tuple)
 with_nothing = st.lists(st.integers(0, 5), min_size=0, max_size=3).map(tuple)
 three, four = st.tuples(sides, sides, sides), st.tuples(sides, sides, sides, sides)
-rewards_in_groups = st.tuples(st.integers(1, 4), sides, sides)
-batches = st.integers(1, 24).map(lambda b: (b,))
-whole_groups = st.tuples(st.integers(1, 6), st.integers(1, 6)).map(lambda c: (c[0] * c[1], c[1]))
+batches = st.tuples(st.integers(1, 4), st.integers(1, 40))
 maybe_seed = st.none() | seeds
-floors = st.sampled_from((1e-40, 1e-8, 1.0))
-caps = st.sampled_from((0.3, 0.9, 1.0))
-orders = st.sampled_from(("sum_then_normalize", "normalize_then_sum"))
 one_to_four = st.tuples(st.integers(1, 4), st.integers(0, 4))
 
 
@@ -260,18 +229,9 @@ def flat(pair: tuple) -> tuple:
 
 
 FUNCTIONAL: dict[str, Property] = {
-    "advantages": Property(st.tuples(values(with_nothing), maybe_seed, scales, epsilons), group_advantages, 10),
-    "several rewards": Property(
-        st.tuples(values(rewards_in_groups), floors, caps, scales, orders, epsilons), combined_rewards, 10
-    ),
-    "noise strata": Property(st.tuples(values(with_nothing | batches), st.integers(-1, 8)), strata, 6),
-    "image groups": Property(st.tuples(st.integers(-2, 40), st.integers(-1, 10)) | whole_groups, draws_of_images, 2),
-    "weights": Property(
-        st.tuples(values(some_shape), floors, caps)
-        | st.tuples(values(with_nothing), floors | st.just(0.0), caps | st.just(2.0)),
-        weights_of_rewards,
-        8,
-    ),
+    "advantages": Property(st.tuples(values(with_nothing), maybe_seed, scales), group_advantages, 14),
+    "memories": Property(st.tuples(values(with_nothing | batches), seeds, st.integers(1, 4)), memories, 14),
+    "weights": Property(values(some_shape) | values(with_nothing), weights_of_rewards, 8),
     "rewards of tokens": Property(alike(FILLS, FILLS, shape=three, hole=no_hole), token_rewards, 6),
     "rewards of latents": Property(alike(FILLS, FILLS, shape=four, hole=no_hole), latent_rewards, 6),
     "pathwise loss": Property(

@@ -17,7 +17,7 @@ from vrpo_plugin import RewardState, VRPOAligner, VRPOConfig, VRPOError
 
 KEYS = tuple(f.name for f in fields(VRPOConfig))
 FIXED = {"reward_weights": {"semantic": 1, "mine": 2.5}}
-WORDS = ("policy", "host", "none", "early", "all", "mlp", "linear", "semantic", "noise", "group", "batch", "image")
+WORDS = ("policy", "host", "none", "early", "all", "mlp", "linear", "semantic", "group", "equal", "cut")
 
 
 def junk_configs(values: Any) -> str:
@@ -117,8 +117,8 @@ REWARDS: dict[str, Callable[[RewardState], Any]] = {
 
 
 def fitting(case: Case) -> Case:
-    """The case with groups and grids that fit, so that it is the change that is refused."""
-    chosen = {**case.settings, "group": "noise", "target_norm": "none", "projector": "mlp"}
+    """The case with grids that fit, so that it is the change that is refused."""
+    chosen = {**case.settings, "target_norm": "none", "projector": "mlp"}
     return replace(case, settings=chosen, model_grid=case.grid)
 
 
@@ -131,8 +131,8 @@ def with_tokens(case: Case) -> Case:
 def with_built_in(case: Case) -> Case:
     """The case with built-in rewards alone, so that it is the wrong one that is refused."""
     case = fitting(case)
-    chosen = {**case.settings, "reward_weights": "inverse_variance", "aggregation": "sum_then_normalize"}
-    return replace(case, own=(), boxes=(), settings={**chosen, "reward_coeff": 1.0})
+    chosen = {**case.settings, "reward_weights": "inverse_variance", "reward_coeff": 1.0}
+    return replace(case, own=(), boxes=(), settings=chosen)
 
 
 def wrong_rewards(drawn: tuple[Case, str, bool]) -> str:

@@ -230,10 +230,9 @@ def parse_options(argv: Sequence[str] | None = None) -> tuple[TrainOptions, VRPO
     if options.encoder_depth is not None and config.layers != "early":
         do = "Leave one of the two out."
         raise ConfigError(explain("layers", expected="early with encoder_depth", got=repr(config.layers), do=do))
-    for name, value in {"features": "host", "group": "image"}.items():
-        if getattr(config, name) == value:
-            do = "That setting is for loops that bring a loss, or several draws of one image, of their own."
-            raise ConfigError(explain(name, expected=f"not {value!r} in this trainer", got=repr(value), do=do))
+    if config.features == "host":
+        do = "That setting is for loops that bring a loss of their own."
+        raise ConfigError(explain("features", expected="not 'host' in this trainer", got="'host'", do=do))
     return options, config
 
 

@@ -28,18 +28,10 @@ OTHER_VALUES: dict[str, Any] = {
     "noise_gate_end": 0.7,
     "rewards": ("fidelity", "semantic"),
     "reward_weights": {"semantic": 2, "fidelity": 1.0},
-    "variance_decay": 0,
-    "variance_floor": 1e-3,
-    "weight_cap": 1,
-    "group": "image",
-    "group_size": 1,
-    "scale": "batch",
-    "aggregation": "normalize_then_sum",
-    "scale_eps": 0,
+    "scale": "group",
     "actions": 2,
     "action_std": 0.5,
     "action_grid": 0,
-    "critic_coeff": 0.0,
     "critic_width": 32,
     "critic_checkpoint": "critic.safetensors",
     "critic_trainable": False,
@@ -48,8 +40,12 @@ OTHER_VALUES: dict[str, Any] = {
 }
 
 INVALID = [
-    *((name, value) for name in ("features", "projector", "release", "group", "scale") for value in ("Host", None, 1)),
-    *((name, "other") for name in ("layers", "target_norm", "aggregation", "path_type", "reward_weights")),
+    *(
+        (name, value)
+        for name in ("features", "projector", "release", "noise_gate", "scale")
+        for value in ("Host", None, 1)
+    ),
+    *((name, "other") for name in ("layers", "target_norm", "path_type", "reward_weights")),
     ("features", ("policy",)),
     ("scale", ["none"]),
     *((f.name, value) for f in fields(VRPOConfig) if type(f.default) is float for value in (-0.1, math.nan, math.inf)),
@@ -60,12 +56,11 @@ INVALID = [
         for value in ("0.5", None, True, 10**400)
     ),
     *((f.name, value) for f in fields(VRPOConfig) if type(f.default) is int for value in (-1, 1.0, "8", True)),
-    *((name, 0) for name in ("projector_dim", "group_size", "critic_width")),
-    *((name, 0.0) for name in ("variance_floor", "action_std", "weight_cap", "noise_gate_end")),
-    *((name, 1.01) for name in ("weight_cap", "noise_gate_end", "reward_floor")),
+    *((name, 0) for name in ("projector_dim", "critic_width")),
+    *((name, 0.0) for name in ("action_std", "noise_gate_end")),
+    *((name, 1.01) for name in ("noise_gate_end", "reward_floor")),
     ("noise_gate", "late"),
     ("actions", 1),
-    ("variance_decay", 1.0),
     ("critic_trainable", 1),
     ("critic_trainable", "yes"),
     ("critic_checkpoint", 3),
@@ -104,7 +99,7 @@ def test_the_other_values_cover_every_field_and_differ_from_the_defaults() -> No
 
 @pytest.mark.parametrize(
     ("key", "nearest"),
-    [("group_sise", "group_size"), ("proj_coef", "proj_coeff"), ("reward_weight", "reward_weights")],
+    [("critic_witdh", "critic_width"), ("proj_coef", "proj_coeff"), ("reward_weight", "reward_weights")],
 )
 def test_unknown_key_names_the_nearest(key: str, nearest: str) -> None:
     for build in (lambda values: VRPOConfig(**values), VRPOConfig.from_dict, lambda v: replace(VRPOConfig(), **v)):
@@ -147,7 +142,6 @@ def test_invalid_value_is_a_config_error_that_names_its_field(name: str, value: 
         ({"release": "linear"}, "release_steps: expected >= 1 with release='linear', got 0"),
         ({"release": "stop"}, "release_steps: expected >= 1 with release='stop', got 0"),
         ({"reward_release": "stop"}, "reward_release_steps: expected >= 1 with reward_release='stop', got 0"),
-        ({"aggregation": "normalize_then_sum"}, "aggregation: expected sum_then_normalize with inverse-variance"),
         ({"critic_trainable": False}, "critic_checkpoint: expected a file .*got None.*vrpo train-critic"),
     ],
 )
@@ -160,10 +154,10 @@ def test_contradictions_are_config_errors(values: dict[str, Any], message: str) 
     "values",
     [
         {"release": "linear", "release_steps": 1},
-        {"aggregation": "normalize_then_sum", "reward_weights": {"semantic": 1}},
+        {"scale": "group", "reward_weights": "equal"},
         {"critic_trainable": False, "critic_checkpoint": "critic.safetensors"},
         {"rewards": ()},
-        {"weight_cap": 1, "variance_decay": 0, "scale_eps": 0, "reward_coeff": 0, "proj_coeff": 0},
+        {"reward_coeff": 0, "proj_coeff": 0},
         {"rewards": BUILTIN_REWARDS},
         {"layers": (1,)},
     ],
@@ -229,9 +223,9 @@ def test_copies_and_pickles_are_equal() -> None:
 
 
 def test_replace_checks_again() -> None:
-    assert replace(VRPOConfig(), group_size=4).group_size == 4
-    with pytest.raises(ConfigError, match="group_size"):
-        replace(VRPOConfig(), group_size=0)
+    assert replace(VRPOConfig(), actions=4).actions == 4
+    with pytest.raises(ConfigError, match="actions"):
+        replace(VRPOConfig(), actions=0)
 
 
 def test_settings_are_given_by_name() -> None:

@@ -55,7 +55,7 @@ def test_our_options_come_first_and_the_scripts_arguments_stay() -> None:
         (["--vrpo-no-critic-trainable"], {"critic_trainable": "false"}),
         (["--vrpo-critic-trainable=false"], {"critic_trainable": "false"}),
         (["--vrpo-critic-trainable", "false"], {"critic_trainable": "false"}),
-        (["--vrpo-group-size", "4", "--vrpo-group-size=8"], {"group_size": "8"}),
+        (["--vrpo-critic-width", "4", "--vrpo-critic-width=8"], {"critic_width": "8"}),
     ],
 )
 def test_ways_to_write_an_option(options: list[str], settings: dict[str, str]) -> None:
@@ -172,7 +172,10 @@ def test_a_dry_run_says_everything_and_does_nothing(folder: Path, capsys: pytest
         (["--vrpo-host", "rep", "host/train.py"], "ConfigError: host key: expected one of "),
         (["--vrpo-host", "sit", "host/train.py"], "HostNotFoundError: sit: expected module transport.transport of "),
         (["--vrpo-config", "none.yaml", "host/train.py"], "ConfigError: none.yaml: expected a YAML or JSON mapping of"),
-        (["--vrpo-group", "image", "host/train.py"], "ConfigError: group: expected 'noise', got 'image'. No supported"),
+        (
+            ["--vrpo-path-type", "cosine", "host/train.py"],
+            "ConfigError: path_type: expected unset: the host's own path",
+        ),
         (["--vrpo-no-allow-unverified", "host/train.py"], "HostChangedError: "),
         (["probe.py"], "HostNotFoundError: "),
     ],

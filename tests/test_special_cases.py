@@ -127,7 +127,7 @@ def test_the_trajectories_of_that_test_depend_on_the_loss() -> None:
 # ---- 3. constant rewards teach nothing ----
 
 
-@pytest.mark.parametrize("scale", ["none", "group", "batch"])
+@pytest.mark.parametrize("scale", ["none", "group"])
 def test_a_reward_that_is_constant_gives_exactly_no_gradient(scale: str) -> None:
     batch = make_batch(8)
     aligner = x0_hat_aligner({"constant": lambda s: 0 * s.x0_hat.mean((1, 2, 3)) + 3}, scale=scale)
@@ -136,21 +136,20 @@ def test_a_reward_that_is_constant_gives_exactly_no_gradient(scale: str) -> None
     assert torch.equal(out.advantages, torch.zeros(8))
 
 
-@pytest.mark.parametrize("scale", ["group", "batch"])
 @pytest.mark.parametrize("constant", [0.0, 3.0, 1e-6, -1e6])
-def test_a_group_whose_rewards_are_all_alike_gives_exactly_no_gradient(scale: str, constant: float) -> None:
+def test_a_level_whose_rewards_are_all_alike_gives_exactly_no_gradient(constant: float) -> None:
     # The value does not differ between samples, though its gradient does not vanish.
     def alike(state: RewardState) -> Tensor:
         value = smoothness(state)
         return value - value.detach() + constant
 
-    out, grad = generate(x0_hat_aligner({"alike": alike}, scale=scale), make_batch(8), random_velocity(8))
-    assert torch.equal(grad, torch.zeros_like(grad)) and torch.equal(out.advantages, torch.zeros(8))
-    assert out.metrics["vrpo/frac_reward_zero_std"] == 1
+    out, grad = generate(x0_hat_aligner({"alike": alike}, scale="group"), make_batch(40), random_velocity(40))
+    assert torch.equal(grad, torch.zeros_like(grad)) and torch.equal(out.advantages, torch.zeros(40))
+    assert out.metrics["vrpo/frac_reward_zero_std"].item() == pytest.approx(1)
 
 
 def test_a_constant_reward_takes_no_weight_from_the_others() -> None:
-    batch, velocity = make_batch(8), random_velocity(8)
+    batch, velocity = make_batch(40), random_velocity(40)
     constant = {"constant": lambda s: 0 * s.x0_hat.mean((1, 2, 3)) + 3}
     out, grad = generate(x0_hat_aligner({"smooth": smoothness, **constant}), batch, velocity)
     alone, expected = generate(x0_hat_aligner({"smooth": smoothness}), batch, velocity)
@@ -162,10 +161,10 @@ def test_a_constant_reward_takes_no_weight_from_the_others() -> None:
 
 
 @settings(max_examples=8, deadline=None)
-@given(order=st.permutations(range(10)), scale=st.sampled_from(["none", "group", "batch"]))
+@given(order=st.permutations(range(24)), scale=st.sampled_from(["none", "group"]))
 def test_permuting_the_batch_changes_nothing(order: list[int], scale: str) -> None:
     torch.manual_seed(0)
-    model, batch, index = TinySiT(), make_batch(10), torch.tensor(order)
+    model, batch, index = TinySiT(), make_batch(24), torch.tensor(order)
     aligner = tiny_aligner(scale=scale, rewards={"smooth": smoothness}).attach(model)
     other = copy.deepcopy(model)
     out = align(model, aligner, batch)
@@ -174,9 +173,10 @@ def test_permuting_the_batch_changes_nothing(order: list[int], scale: str) -> No
     assert isinstance(twin, VRPOAligner)
     permuted = align(other, twin, batch[index])
     permuted.loss.backward()
-    for name in ("loss", "policy_loss", "features_loss", "generation_loss", "critic_loss", "weights", "metrics"):
+    for name in ("loss", "policy_loss", "features_loss", "generation_loss", "critic_loss", "metrics"):
         torch.testing.assert_close(getattr(permuted, name), getattr(out, name), **FLOAT32)
     torch.testing.assert_close(permuted.advantages, out.advantages[index], **FLOAT32)
+    torch.testing.assert_close(permuted.weights, {name: w[index] for name, w in out.weights.items()}, **FLOAT32)
     torch.testing.assert_close(permuted.rewards, {name: r[index] for name, r in out.rewards.items()}, **FLOAT32)
     torch.testing.assert_close(gradients(other), gradients(model), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(other.state_dict(), model.state_dict(), **FLOAT32)
@@ -186,12 +186,12 @@ def test_permuting_the_batch_changes_nothing(order: list[int], scale: str) -> No
 
 
 @pytest.mark.parametrize("weighting", [{}, {"reward_weights": {"smooth": 1, "small": 3}}])
-@pytest.mark.parametrize("scale", ["none", "group", "batch"])
+@pytest.mark.parametrize("scale", ["none", "group"])
 def test_a_shift_of_all_rewards_changes_nothing(scale: str, weighting: dict[str, Any]) -> None:
     def small(state: RewardState) -> Tensor:
         return -state.x0_hat.abs().mean((1, 2, 3))
 
-    batch, velocity = make_batch(10), random_velocity(10)
+    batch, velocity = make_batch(30), random_velocity(30)
     shifted = {"smooth": lambda s: smoothness(s) + 5, "small": lambda s: small(s) + 5}
     out, grad = generate(
         x0_hat_aligner({"smooth": smoothness, "small": small}, scale=scale, **weighting), batch, velocity
@@ -210,8 +210,8 @@ def test_a_shift_of_all_rewards_changes_nothing(scale: str, weighting: dict[str,
 
 @pytest.mark.parametrize("factor", [10.0, 1e-3])
 def test_a_rewards_unit_changes_nothing_with_the_groups_scale(factor: float) -> None:
-    batch, velocity = make_batch(10), random_velocity(10)
-    settings_ = {"scale": "group", "scale_eps": 0.0, "variance_floor": 1e-20}
+    batch, velocity = make_batch(30), random_velocity(30)
+    settings_ = {"scale": "group"}
     out, grad = generate(x0_hat_aligner({"mine": smoothness}, **settings_), batch, velocity)
     scaled = {"mine": lambda s: factor * smoothness(s)}
     other, other_grad = generate(x0_hat_aligner(scaled, **settings_), batch, velocity)

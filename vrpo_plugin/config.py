@@ -61,23 +61,15 @@ class VRPOConfig:
         noise_gate_end: a time in (0, 1].
         rewards: built-in rewards that are optimised on the generation readout. ``fidelity`` is measured always;
             naming it optimises it a second time, next to the denoising loss.
-        reward_weights: ``inverse_variance``, or a mapping from reward to share (normalised to sum 1).
-        variance_decay: per-update decay of the running reward variances, in [0, 1).
-        variance_floor: smallest variance that is believed.
-        weight_cap: largest inverse-variance weight.
-        group: ``noise`` (the batch cut into strata of like noise) or ``image`` (consecutive draws of one image).
-        group_size: samples per group.
-        scale: what advantages are divided by: the deviation of the ``group``, of the ``batch``, or ``none``.
-        aggregation: ``sum_then_normalize`` (weigh the rewards, then scale the total) or ``normalize_then_sum``
-            (scale every reward by itself; excludes inverse-variance weights, which already contain the scale).
-        scale_eps: added to that deviation.
+        reward_weights: ``inverse_variance`` (by noise level), ``equal``, or a mapping from reward to share (normalised
+            to sum 1).
+        scale: what a reward's advantages are divided by: its deviation in the ``group``, which is the noise level, or
+            ``none``. With ``group`` the reward's unit does not matter, and ``inverse_variance`` gives equal shares.
         actions: of each state, that a reward without a gradient is asked for; at least 2. With 8 the estimated gradient
             has a cosine of about sqrt(7 / n) with the true one, n = C * action_grid^2.
         action_std: standard deviation of the actions around x0_hat at t = 1, in latent units; at t it is t times that.
         action_grid: sides of the coarse grid on which actions differ; 0: every pixel by itself. Coarse actions tell
             more of a gradient that is coarse, and nothing of what is finer.
-        critic_coeff: weight of the critic's regression. It reaches only the critic, and Adam does not mind its
-            size; small, so that the host's gradient-norm clipping hardly sees it.
         critic_width: channels at the token grid.
         critic_checkpoint: safetensors file written by ``vrpo train-critic``; None starts from scratch.
         critic_trainable: False freezes the critic (needs ``critic_checkpoint``).
@@ -106,19 +98,11 @@ class VRPOConfig:
     noise_gate: Literal["none", "linear", "cut"] = "none"
     noise_gate_end: float = 0.8
     rewards: tuple[str, ...] = ("semantic", "perceptual")
-    reward_weights: Literal["inverse_variance"] | tuple[tuple[str, float], ...] = "inverse_variance"
-    variance_decay: float = 0.99
-    variance_floor: float = 1e-8
-    weight_cap: float = 0.9
-    group: Literal["noise", "image"] = "noise"
-    group_size: int = 16
-    scale: Literal["group", "batch", "none"] = "none"
-    aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
-    scale_eps: float = 1e-4
+    reward_weights: Literal["inverse_variance", "equal"] | tuple[tuple[str, float], ...] = "inverse_variance"
+    scale: Literal["group", "none"] = "none"
     actions: int = 8
     action_std: float = 0.1
     action_grid: int = 4
-    critic_coeff: float = 0.1
     critic_width: int = 256
     critic_checkpoint: str | None = None
     critic_trainable: bool = True
@@ -158,24 +142,14 @@ class VRPOConfig:
                     _fail(f.name, "True or False", value)
             elif isinstance(default, (int, float)) and not _is_number(value, type(default)):
                 _fail(f.name, f"a finite {type(default).__name__} >= 0", value)
-        for name in (
-            "projector_dim",
-            "group_size",
-            "critic_width",
-            "variance_floor",
-            "action_std",
-            "weight_cap",
-            "noise_gate_end",
-        ):
+        for name in ("projector_dim", "critic_width", "action_std", "noise_gate_end"):
             if getattr(self, name) <= 0:
                 _fail(name, "> 0", getattr(self, name))
-        for name in ("weight_cap", "noise_gate_end", "reward_floor"):
+        for name in ("noise_gate_end", "reward_floor"):
             if getattr(self, name) > 1:
                 _fail(name, "at most 1", getattr(self, name))
         if self.actions < 2:
             _fail("actions", ">= 2, to compare", self.actions)
-        if self.variance_decay >= 1:
-            _fail("variance_decay", "in [0, 1)", self.variance_decay)
 
     def _check_consistency(self) -> None:
         if not isinstance(self.rewards, tuple):
@@ -199,10 +173,7 @@ class VRPOConfig:
             unset = name == "reward_release" and schedule == "linear"  # see for_run
             if schedule != "none" and steps < 1 and not unset:
                 _fail(f"{name}_steps", f">= 1 with {name}={schedule!r}", steps)
-        if self.reward_weights == "inverse_variance":
-            if self.aggregation == "normalize_then_sum":
-                _fail("aggregation", "sum_then_normalize with inverse-variance weights", self.aggregation)
-        else:
+        if not isinstance(self.reward_weights, str):
             shares = [w for _, w in self.reward_weights]
             if not all(_is_number(w, float) for w in shares) or not 0 < sum(shares) < math.inf:
                 _fail("reward_weights", "shares >= 0 with a sum > 0", self.reward_weights)
@@ -240,7 +211,7 @@ class VRPOConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain data that :meth:`from_dict` turns back into an equal configuration."""
         values = json.loads(json.dumps(asdict(self)))
-        if self.reward_weights != "inverse_variance":
+        if not isinstance(self.reward_weights, str):
             values["reward_weights"] = dict(self.reward_weights)
         return values
 
@@ -259,7 +230,7 @@ def _sorted_shares(shares: Any) -> tuple[tuple[str, float], ...]:
     except (TypeError, ValueError):
         distinct = False
     if not distinct:
-        _fail("reward_weights", '"inverse_variance" or a mapping from distinct names to shares', shares)
+        _fail("reward_weights", '"inverse_variance", "equal" or a mapping from distinct names to shares', shares)
     return tuple(sorted(named.items()))
 
 

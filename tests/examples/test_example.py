@@ -96,10 +96,9 @@ def test_two_processes_resume_bitwise(options: tuple[str, ...], encoder: Path, t
 
 @pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 1)])
 def test_another_number_of_processes_goes_on(first: int, second: int, encoder: Path, tmp_path: Path) -> None:
-    fixed = ("--reward-weights", "semantic=0.5,perceptual=0.5", "--group-size", "8")
-    whole = harness.run(tmp_path, "whole", *fixed, processes=first, encoder=encoder)
+    whole = harness.run(tmp_path, "whole", processes=first, encoder=encoder)
     cut = harness.cut(whole, tmp_path / "cut", step=4)
-    resumed = harness.run(cut.parent, "cut", "--resume", *fixed, processes=second, encoder=encoder)
+    resumed = harness.run(cut.parent, "cut", "--resume", processes=second, encoder=encoder)
     # As in test_two_processes_equal_one: the same samples, summed in another order.
     for a, b in zip(harness.metrics(whole), harness.metrics(resumed), strict=True):
         for name in ("loss", "denoising_loss", "critic_loss", "grad_norm"):
@@ -117,37 +116,46 @@ def test_same_seed_twice_is_identical(options: tuple[str, ...], encoder: Path, s
     harness.assert_same(harness.run(tmp_path, "again", *options, encoder=encoder), straight, 12)
 
 
-def test_two_processes_equal_one(encoder: Path, tmp_path: Path) -> None:
-    fixed = ("--scale", "none", "--reward-weights", "semantic=0.5,perceptual=0.5", "--group-size", "8", *TWENTY)
-    one = harness.run(tmp_path, "one", *fixed, encoder=encoder)
-    two = harness.run(tmp_path, "two", *fixed, processes=2, encoder=encoder)
-    # Per-process strata differ, so what depends on them (advantages, deviations within groups) is not compared.
-    compared = ("loss", "denoising_loss", "proj_loss", "generation_loss", "critic_loss", "grad_norm", "vrpo/critic_cos")
+@pytest.mark.parametrize("scale", ["none", "group"])
+def test_two_processes_equal_one(scale: str, encoder: Path, tmp_path: Path) -> None:
+    """With the defaults: statistics, weights and advantages too."""
+    options = ("--scale", scale, "--reward-coeff", "1.2" if scale == "none" else "0.12", *TWENTY)
+    one = harness.run(tmp_path, "one", *options, encoder=encoder)
+    two = harness.run(tmp_path, "two", *options, processes=2, encoder=encoder)
     # Batches and gradients are summed in another order; float32 rounds at 6e-8, and twenty steps of Adam let it grow.
     for a, b in zip(harness.metrics(one), harness.metrics(two), strict=True):
+        compared = [name for name in a if name not in ("step", "seconds")]
+        assert {"vrpo/weight/semantic", "vrpo/std/semantic", "vrpo/advantage_abs", "grad_norm"} < {*compared}
+        # A process's mean of the ratios is that of its samples; the mean over processes is that of all.
         for name in compared:
-            assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), (a["step"], name)
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), (a["step"], name)
     ours, theirs = harness.weights(one, 20), harness.weights(two, 20)
-    # The reward statistics see other strata on two processes; everything trained must agree.
-    trained = [k for k in ours if k.startswith(("model/", "ema/")) and not re.search(r"\.(statistics|watch)\.", k)]
-    for name in trained:
-        torch.testing.assert_close(ours[name].float(), theirs[name].float(), rtol=1e-5, atol=1e-5, msg=name)
-
-
-def test_two_processes_with_groups_stay_close(encoder: Path, straight: Path, tmp_path: Path) -> None:
-    two = harness.run(tmp_path, "two", processes=2, encoder=encoder)
-    for a, b in zip(harness.metrics(straight), harness.metrics(two), strict=True):
-        # Strata of 8 and 8 in place of 16 weigh the rewards differently, by a few percent of the loss.
-        assert a["loss"] == pytest.approx(b["loss"], rel=0.05), a["step"]
+    for name in ours:
+        if name.startswith(("model/", "ema/")):
+            torch.testing.assert_close(ours[name].float(), theirs[name].float(), rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_accumulation_equals_one_batch(encoder: Path, tmp_path: Path) -> None:
-    fixed = ("--scale", "none", "--reward-weights", "semantic=0.5,perceptual=0.5", *TWENTY)
+    """With the defaults: in the first steps the weights of the rewards come from few samples, and differ."""
+    whole = harness.run(tmp_path, "whole", *TWENTY, "--batch-size", "8", encoder=encoder)
+    split = harness.run(
+        tmp_path, "split", *TWENTY, "--batch-size", "1", "--gradient-accumulation-steps", "8", encoder=encoder
+    )
+    for a, b in zip(harness.metrics(whole), harness.metrics(split), strict=True):
+        for name, tolerance in {"denoising_loss": 0.02, "critic_loss": 1e-3, "grad_norm": 0.15}.items():
+            assert a[name] == pytest.approx(b[name], rel=tolerance), (a["step"], name)
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.02 if a["step"] > 5 else 0.2), a["step"]
+        if a["step"] > 5:
+            assert a["vrpo/weight/semantic"] == pytest.approx(b["vrpo/weight/semantic"], abs=0.05), a["step"]
+
+
+def test_accumulation_with_fixed_weights_is_exact(encoder: Path, tmp_path: Path) -> None:
+    fixed = ("--reward-weights", "equal", *TWENTY)
     whole = harness.run(tmp_path, "whole", *fixed, "--batch-size", "8", encoder=encoder)
     split = harness.run(
         tmp_path, "split", *fixed, "--batch-size", "1", "--gradient-accumulation-steps", "8", encoder=encoder
     )
-    # As above: one sum over eight samples against eight sums.
+    # One sum over eight samples against eight sums.
     for a, b in zip(harness.metrics(whole), harness.metrics(split), strict=True):
         for name in ("loss", "denoising_loss", "generation_loss", "critic_loss", "grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), (a["step"], name)

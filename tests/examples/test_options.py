@@ -213,7 +213,7 @@ def test_encoder_of_a_failed_start_is_no_run(tmp_path: Path) -> None:
     _folder(tmp_path)
 
 
-@pytest.mark.parametrize("arguments", [["--group", "image"], ["--features", "host"]])
+@pytest.mark.parametrize("arguments", [["--features", "host"], ["--features=host", "--scale", "group"]])
 def test_settings_for_other_loops_are_refused(arguments: list[str]) -> None:
     with pytest.raises(ConfigError, match="in this trainer"):
         parse_options(arguments)

@@ -40,7 +40,7 @@ SCRIPTS = {
     "lightningdit": "lightningdit/train.py",
 }
 PROJECTING = ("repa", "repa_t2i", "reg", "irepa", "repae")
-SMALL: dict[str, Any] = {"critic_width": 16, "projector_dim": 24, "group_size": 8}
+SMALL: dict[str, Any] = {"critic_width": 16, "projector_dim": 24}
 ENCODER = "test_vit.r160_in1k"  # the smallest of timm's vision transformers
 
 

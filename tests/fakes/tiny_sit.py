@@ -21,7 +21,6 @@ TINY: dict[str, Any] = {
     "latent_shape": (4, 8, 8),
     "projector_dim": 16,
     "critic_width": 16,
-    "group_size": 4,
 }
 
 

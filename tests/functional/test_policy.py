@@ -9,18 +9,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from vrpo_plugin.errors import ShapeError
-from vrpo_plugin.functional.advantages import (
-    SCALES,
-    Aggregation,
-    Scale,
-    combine_rewards,
-    group_moments,
-)
-from vrpo_plugin.functional.groups import noise_strata
 from vrpo_plugin.functional.policy import action_noise, coarse_sides, pathwise_policy_loss, score_function_gradient
-
-every_scale = pytest.mark.parametrize("scale", SCALES)
-every_aggregation = pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -127,11 +116,11 @@ def test_the_estimate_is_the_loop_over_states_and_actions() -> None:
     rewards, noise, std = random(5, 3, seed=1), random(5, 3, 2, 4, 4, seed=2), random(3, seed=3).exp()
     rewards[0, 1], rewards[2, 1], rewards[1, 2] = torch.nan, torch.inf, -torch.inf
     for normalize in (False, True):
-        gradient, usable = score_function_gradient(rewards, noise, std, cell=4.0, normalize=normalize, eps=1e-3)
+        gradient, usable = score_function_gradient(rewards, noise, std, cell=4.0, normalize=normalize)
         for i in range(3):
             told = [j for j in range(5) if math.isfinite(rewards[j, i])]
             values = np.array([rewards[j, i].item() for j in told])
-            scale = values.std(ddof=1) + 1e-3 if normalize else 1.0
+            scale = values.std(ddof=1) if normalize else 1.0
             expected = sum(
                 (value - values.mean()) / scale * noise[j, i] / (std[i] * (len(told) - 1) * 4)
                 for j, value in zip(told, values, strict=True)
@@ -194,9 +183,9 @@ def test_eight_actions_of_a_state_tell_a_third_of_a_gradient_of_64_dimensions() 
 
 def test_a_tenfold_reward_changes_nothing_where_advantages_are_normalised() -> None:
     rewards, noise, std = random(8, 3, seed=1), random(8, 3, 1, 4, 4, seed=2), torch.ones(3, dtype=torch.float64)
-    one, ten = (score_function_gradient(f * rewards, noise, std, normalize=True, eps=0)[0] for f in (1, 10))
+    one, ten = (score_function_gradient(f * rewards, noise, std, normalize=True)[0] for f in (1, 10))
     torch.testing.assert_close(one, ten)
-    shifted = score_function_gradient(rewards + 5, noise, std, normalize=True, eps=0)[0]
+    shifted = score_function_gradient(rewards + 5, noise, std, normalize=True)[0]
     torch.testing.assert_close(one, shifted)
 
 
@@ -212,84 +201,6 @@ def test_actions_of_other_shapes_are_an_error(shapes: tuple[tuple[int, ...], ...
 def test_gradcheck() -> None:
     rewards, coefficients = random(2, 4, seed=1).requires_grad_(), random(2, 4, seed=2)
     assert torch.autograd.gradcheck(lambda r: pathwise_policy_loss(r, coefficients), (rewards,))
-
-
-RewardFunction = Callable[[Tensor], Tensor]
-
-
-def bowl(x: Tensor) -> Tensor:
-    return -(x - 1).square().mean(1)
-
-
-def wave(x: Tensor) -> Tensor:
-    return x.sin().mean(1)
-
-
-def step(
-    functions: list[RewardFunction],
-    x: Tensor,
-    *,
-    scale: Scale,
-    aggregation: Aggregation,
-    eps: float = 0,
-) -> tuple[Tensor, Tensor]:
-    """Advantages and gradient of a batch in strata of four, with weights 0.3 and 0.7."""
-    x = x.clone().requires_grad_()
-    rewards = torch.stack([function(x) for function in functions])
-    groups = noise_strata(torch.linspace(1, 0, len(x)), 4)
-    weights = torch.tensor([0.3, 0.7], dtype=torch.float64)[: len(functions), None, None]
-    moments = group_moments(groups.split(rewards.detach()), mask=groups.mask)
-    advantages, coefficients = combine_rewards(moments, weights, scale=scale, aggregation=aggregation, eps=eps)
-    coefficients = groups.join(coefficients.expand(-1, *groups.index.shape))
-    return groups.join(advantages), gradient_of(pathwise_policy_loss(rewards, coefficients), x)
-
-
-@every_scale
-@every_aggregation
-@pytest.mark.parametrize("eps", [0, 1e-4])
-def test_constant_rewards_give_no_gradient(scale: Scale, aggregation: Aggregation, eps: float) -> None:
-    constants: list[RewardFunction] = [lambda x: 0 * x.sum(1) + 3, lambda x: (0 * x).sum(1) - 0.1]
-    advantages, gradient = step(constants, random(10, 3), scale=scale, aggregation=aggregation, eps=eps)
-    assert advantages.eq(0).all()
-    assert gradient.eq(0).all()
-
-
-@every_aggregation
-@pytest.mark.parametrize("scale", ["group", "batch"])
-def test_groups_whose_rewards_agree_give_no_gradient(scale: Scale, aggregation: Aggregation) -> None:
-    x = random(10, 3)
-    # The times fall: the last four samples are the first stratum.
-    x[6:] = x[6]
-    advantages, gradient = step([bowl, wave], x, scale=scale, aggregation=aggregation)
-    assert advantages[6:].eq(0).all() and gradient[6:].eq(0).all()
-    assert advantages[:6].ne(0).all() and gradient[:6].ne(0).all()
-
-
-@every_aggregation
-def test_without_a_scale_the_gradient_is_that_of_the_weighted_rewards(aggregation: Aggregation) -> None:
-    x = random(10, 3)
-    _, gradient = step([bowl, wave], x, scale="none", aggregation=aggregation)
-    x.requires_grad_()
-    torch.testing.assert_close(gradient, gradient_of(-(0.3 * bowl(x) + 0.7 * wave(x)).mean(), x))
-
-
-@every_scale
-@every_aggregation
-def test_a_shift_of_one_reward_changes_nothing(scale: Scale, aggregation: Aggregation) -> None:
-    x = random(10, 3)
-    plain = step([bowl, wave], x, scale=scale, aggregation=aggregation)
-    shifted = step([bowl, lambda x: wave(x) + 50], x, scale=scale, aggregation=aggregation)
-    torch.testing.assert_close(shifted, plain, atol=1e-10, rtol=1e-10)
-
-
-def test_tenfold_reward_changes_nothing_when_each_is_normalised_in_its_group() -> None:
-    x, tenfold = random(10, 3), lambda x: 10 * bowl(x)
-    plain = step([bowl, wave], x, scale="group", aggregation="normalize_then_sum")
-    scaled = step([tenfold, wave], x, scale="group", aggregation="normalize_then_sum")
-    torch.testing.assert_close(scaled, plain, atol=1e-12, rtol=1e-10)
-    together = step([bowl, wave], x, scale="group", aggregation="sum_then_normalize")
-    scaled = step([tenfold, wave], x, scale="group", aggregation="sum_then_normalize")
-    assert not torch.allclose(scaled[0], together[0])
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -57,16 +57,16 @@ def test_what_is_given_goes_before_the_environment_and_that_before_the_file(
 
 def test_each_key_by_itself_and_the_process_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     named, other = tmp_path / "named.json", tmp_path / "other.json"
-    named.write_text('{"reward_coeff": 0.1, "group_size": 4, "log_every": 5}')
+    named.write_text('{"reward_coeff": 0.1, "actions": 4, "log_every": 5}')
     other.write_text('{"reward_coeff": 0.7}')
     for name in [name for name in os.environ if name.startswith("VRPO_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("VRPO_CONFIG", str(named))
-    monkeypatch.setenv("VRPO_GROUP_SIZE", "8")
+    monkeypatch.setenv("VRPO_ACTIONS", "6")
     settings = resolve_settings({"proj_coeff": 1.5})
-    assert settings == (VRPOConfig(reward_coeff=0.1, group_size=8, proj_coeff=1.5), HostOptions(log_every=5))
+    assert settings == (VRPOConfig(reward_coeff=0.1, actions=6, proj_coeff=1.5), HostOptions(log_every=5))
     # A file that is named in the call stands for VRPO_CONFIG's, and does not add to it.
-    assert resolve_settings(file=other) == (VRPOConfig(reward_coeff=0.7, group_size=8), HostOptions())
+    assert resolve_settings(file=other) == (VRPOConfig(reward_coeff=0.7, actions=6), HostOptions())
 
 
 @pytest.mark.parametrize("kind", ["yaml", "json"])
@@ -90,8 +90,8 @@ TEXTS = [
     ("reward_coeff", "0.25", 0.25),
     ("reward_coeff", "1e-3", 1e-3),
     ("reward_coeff", "2", 2),
-    ("variance_floor", "1e-8", 1e-8),
-    ("group_size", "8", 8),
+    ("action_std", "1e-8", 1e-8),
+    ("actions", "6", 6),
     ("critic_trainable", "true", True),
     ("allow_unverified", "true", True),
     ("allow_unverified", "True", True),
@@ -143,7 +143,7 @@ def test_text_means_the_same_in_every_source(key: str, text: str, value: Any, tm
 def test_yaml_as_people_write_it(tmp_path: Path) -> None:
     path = tmp_path / "settings.yaml"
     lines = [
-        "variance_floor: 1e-8",
+        "action_std: 1e-8",
         "features: none",
         "layers: [2, 4]",
         "critic_checkpoint: ~",
@@ -151,7 +151,7 @@ def test_yaml_as_people_write_it(tmp_path: Path) -> None:
     ]
     path.write_text("\n".join([*lines, "reward_weights: {semantic: 0.5, perceptual: 0.5}", "rewards:", "  - semantic"]))
     expected = VRPOConfig(
-        variance_floor=1e-8,
+        action_std=1e-8,
         features="none",
         layers=(2, 4),
         reward_weights={"semantic": 0.5, "perceptual": 0.5},
@@ -214,7 +214,7 @@ def test_an_unknown_key_is_named_with_its_source_and_the_nearest(typed: str, mea
         ("reward_coeff", "much", "reward_coeff: expected a finite float >= 0, got 'much'"),
         ("reward_coeff", "-1", "reward_coeff: expected a finite float >= 0, got -1"),
         ("reward_coeff", "NaN", "reward_coeff: expected a finite float >= 0, got nan"),
-        ("group_size", "4.5", r"group_size: expected a finite int >= 0, got 4\.5"),
+        ("actions", "4.5", r"actions: expected a finite int >= 0, got 4\.5"),
         ("critic_trainable", "maybe", "critic_trainable: expected True or False, got 'maybe'"),
         ("allow_unverified", "2", "allow_unverified: expected True or False, got 2"),
         ("log_every", "often", "log_every: expected an int >= 0, got 'often'"),

@@ -76,7 +76,6 @@ REFUSED = [
         (name, {"proj_coeff": 1.0}, ConfigError, NOT_OURS.format("proj_coeff", "--proj-coeff", "1.0"))
         for name in PROJECTING
     ),
-    *((name, {"group": "image"}, ConfigError, "group: expected 'noise', got 'image'. No supported") for name in HOSTS),
     *((name, {"features": "host"}, ConfigError, NO_ALIGNMENT.format(name)) for name in OTHERS),
     ("lightningdit", {"critic_checkpoint": None, "critic_trainable": True}, ConfigError, CRITIC),
     ("lightningdit", {"critic_trainable": True}, ConfigError, CRITIC),
@@ -110,13 +109,13 @@ def test_unknown_keys_are_named_with_the_nearest(host: FakeHost) -> None:
 
 @on("repa")
 def test_single_settings_count_beside_a_configuration(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VRPO_GROUP_SIZE", "4")
+    monkeypatch.setenv("VRPO_ACTIONS", "4")
     given = VRPOConfig(critic_width=16, reward_coeff=0.5)
     with apply_vrpo(host.spec, given, reward_coeff=0.25, log_every=7) as handle:
         assert handle.config == (replace(given, reward_coeff=0.25), HostOptions(log_every=7))
     with apply_vrpo(host.spec, options=HostOptions(log_every=3), reward_coeff=0.25, compat="none") as handle:
         config, options = handle.config
-        assert (config.group_size, config.reward_coeff) == (4, 0.25)
+        assert (config.actions, config.reward_coeff) == (4, 0.25)
         assert options == HostOptions(log_every=3, compat="none")
     with apply_vrpo(find_spec("repa"), given, allow_unverified=True) as handle:
         assert handle.config == (given, HostOptions(allow_unverified=True))

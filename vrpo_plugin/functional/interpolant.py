@@ -89,6 +89,8 @@ def clean_estimate(x_t: Tensor, velocity: Tensor, t: Tensor, path_type: PathType
     Source: solves SiT's (arXiv 2401.08740) section 2 for x_0.
     """
     require_shape("velocity", velocity, x_t.shape)
+    if path_type == "linear":
+        return x_t - time_like(t, x_t) * velocity
     return _solve_for_data(x_t, velocity, *path_coefficients(time_like(t, x_t), path_type))
 
 

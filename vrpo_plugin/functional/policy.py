@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from vrpo_plugin.errors import ShapeError, explain
 from vrpo_plugin.functional.advantages import group_moments, inverse_scale
-from vrpo_plugin.functional.tensors import promote
+from vrpo_plugin.functional.tensors import is_finite, promote
 
 
 def pathwise_policy_loss(rewards: Tensor, coefficients: Tensor, *, valid: Tensor | None = None) -> Tensor:
@@ -42,13 +43,13 @@ def pathwise_policy_loss(rewards: Tensor, coefficients: Tensor, *, valid: Tensor
             )
         )
     rewards = promote(rewards)
-    finite = torch.isfinite(rewards)
+    finite = is_finite(rewards.detach())
     valid = finite if valid is None else valid & finite
-    weighted = torch.where(valid, coefficients.detach() * torch.where(valid, rewards, 0), 0)
-    return -(weighted.sum(1) / valid.sum(1).clamp(min=1)).sum()
+    factors = torch.where(valid, coefficients.detach(), 0) / -valid.sum(1, keepdim=True).clamp(min=1)
+    return (factors * torch.where(valid, rewards, 0)).sum()
 
 
-def at_estimate(loss: Tensor, leaf: Tensor, x0_hat: Tensor) -> Tensor:
+def at_estimate(loss: Tensor, leaf: Tensor, x0_hat: Tensor) -> tuple[Tensor, Tensor]:
     """A loss of a detached estimate, as a loss of the estimate itself: L + <stop(dL / dx), x - stop(x)> (equation 12b).
 
     The gradient is formed here, so that the graph from ``leaf`` to ``loss`` is freed before the transformer's backward
@@ -60,15 +61,33 @@ def at_estimate(loss: Tensor, leaf: Tensor, x0_hat: Tensor) -> Tensor:
         x0_hat: what the loss is to be of.
 
     Returns:
-        Scalar of the same value.
+        Scalar of the same value, and dL / dx of the shape of ``x0_hat``.
 
     Source: our derivation.
     """
     # In units of about 1: a mean over a batch has gradients that half precision in a reward's network rounds to 0.
-    unit = 2.0 ** math.floor(math.log2(max(1, leaf.numel())))  # a power of 2 rounds nothing itself
+    unit = loss.new_full((), 2.0 ** math.floor(math.log2(max(1, leaf.numel()))))  # a power of 2 rounds nothing itself
     with nullcontext() if leaf.is_meta else torch.autocast(leaf.device.type, enabled=False):
-        (gradient,) = torch.autograd.grad(loss * unit, leaf, materialize_grads=True)
-    return loss.detach() + ((x0_hat - x0_hat.detach()) * (gradient / unit)).sum()
+        (gradient,) = torch.autograd.grad(loss, leaf, unit, materialize_grads=True)
+    gradient = gradient / unit
+    return _WithGradient.apply(loss.detach(), gradient, x0_hat), gradient
+
+
+class _WithGradient(torch.autograd.Function):
+    """A value with a given gradient by its last input."""
+
+    @staticmethod
+    def forward(value: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
+        (gradient,) = ctx.saved_tensors
+        return None, None, grad * gradient
 
 
 def coarse_sides(like: Tensor, grid: int) -> tuple[int, int]:
@@ -111,11 +130,11 @@ def action_noise(like: Tensor, count: int, grid: int, generator: torch.Generator
 
 
 def score_function_gradient(
-    rewards: Tensor, noise: Tensor, std: Tensor, *, cell: float = 1.0, normalize: bool = False, eps: float = 1e-4
+    rewards: Tensor, noise: Tensor, std: Tensor, *, cell: float = 1.0, normalize: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Gradient of a reward from its values at several actions of each state (equation 14).
 
-    g_i = sum_j A_ij e_ij / (std_i (K - 1) m), A_ij = R_ij - mean_j R_i, or that over std_j R_i + eps; in expectation
+    g_i = sum_j A_ij e_ij / (std_i (K - 1) m), A_ij = R_ij - mean_j R_i, or that over std_j R_i; in expectation
     the gradient's mean over each coarse cell of m pixels. The group is the state: no state is compared with another.
 
     Args:
@@ -124,7 +143,6 @@ def score_function_gradient(
         std: standard deviation of each state's actions (B,), > 0.
         cell: m, pixels that share a direction.
         normalize: divide advantages by the state's own standard deviation.
-        eps: added to it.
 
     Returns:
         The gradient (B, C, H, W), 0 for states with fewer than two finite rewards, and which states (B,) have more.
@@ -144,7 +162,7 @@ def score_function_gradient(
             )
         )
     moments = group_moments(rewards.T)  # the actions of a state are a group
-    advantages = moments.deviation * inverse_scale(moments, scale="group" if normalize else "none", eps=eps)
+    advantages = moments.deviation * inverse_scale(moments.variance, scale="group" if normalize else "none")
     factors = advantages / ((moments.count - 1).clamp(min=1) * promote(std)[:, None] * cell)
     # Not einsum, which autocast would compute in half precision.
     gradient = (rearrange(factors, "b k -> k b 1 1 1") * promote(noise)).sum(0)

@@ -2,13 +2,13 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from vrpo_plugin.errors import DataError, ShapeError, explain
 
@@ -143,6 +143,11 @@ def resample_tokens(z: Tensor, grid: tuple[int, int], target_grid: tuple[int, in
     return rearrange(maps, "b d h w -> b (h w) d")
 
 
+def is_finite(x: Tensor) -> Tensor:
+    """Where ``x`` is neither NaN nor inf, in half the kernels of ``torch.isfinite``."""
+    return x.abs() < torch.inf
+
+
 def directions(x: Tensor, dim: int, *, eps: float = 1e-12) -> Tensor:
     """``x / max(|x|, eps)`` along ``dim``, with a gradient that is bounded.
 
@@ -158,13 +163,28 @@ def directions(x: Tensor, dim: int, *, eps: float = 1e-12) -> Tensor:
     Returns:
         Vectors of length 1, or 0, of the shape of ``x``.
     """
-    length = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
-    unit = x / length.clamp(min=eps)
-    if not x.requires_grad:
-        return unit
-    known = length.detach()
-    usual = known.mean(tuple(range(1, x.ndim)), keepdim=True)
-    return torch.where(known > (SHORT * usual).clamp(min=SHORTEST), unit, unit.detach())
+    return _Directions.apply(x, dim, eps)[0]
+
+
+class _Directions(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, dim: int, eps: float) -> tuple[Tensor, Tensor]:
+        length = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+        return x / length.clamp(min=eps), length
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int, float], output: tuple[Tensor, Tensor]) -> None:
+        ctx.dim = inputs[1]
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        unit, length = ctx.saved_tensors
+        usual = length.mean(tuple(range(1, length.ndim)), keepdim=True)
+        long_enough = length > (SHORT * usual).clamp(min=SHORTEST)
+        across = grad - unit * (grad * unit).sum(ctx.dim, keepdim=True)
+        return torch.where(long_enough, across / length, 0), None, None
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -176,7 +196,7 @@ def finite_samples(*tensors: Tensor) -> Tensor:
     """True (B,) for the samples that hold neither NaN nor inf in any of the tensors (B, ...)."""
     # A sum is finite only if its terms are, and reads the tensor once without a temporary.
     sums = torch.stack([x.detach().flatten(1).sum(1, dtype=torch.float32) for x in tensors])
-    return torch.isfinite(sums).all(0)
+    return is_finite(sums).all(0)
 
 
 def zero_unless(sound: Tensor, x: Tensor) -> Tensor:
@@ -186,7 +206,18 @@ def zero_unless(sound: Tensor, x: Tensor) -> Tensor:
 
 def finite_or_zero(x: Tensor) -> Tensor:
     """``x`` with zeros for its numbers that are not finite."""
-    return torch.where(torch.isfinite(x), x, 0)
+    return torch.where(is_finite(x), x, 0)
+
+
+def unused(parameters: Iterable[nn.Parameter], zero: Tensor) -> Tensor:
+    """``zero``, with a gradient of 0 for each parameter: DDP waits for all that it knows.
+
+    Sharded parameters, which have no values outside their module's call, are passed over.
+    """
+    for p in parameters:
+        if p.requires_grad and type(p) is nn.Parameter:
+            zero = zero + 0 * p.flatten()[:1].sum()
+    return zero
 
 
 def add_gradient(value: Tensor, loss: Tensor) -> Tensor:

@@ -214,10 +214,6 @@ def _check(spec: HostSpec, config: VRPOConfig) -> None:
             raise ConfigError(
                 explain(name, expected=f"unset: {owner} is used", got=getattr(config, name), do="Set it there.")
             )
-    if config.group == "image":
-        raise ConfigError(
-            explain("group", expected="'noise'", got="'image'", do="No supported host draws one image twice a batch.")
-        )
     if config.features == "host" and not spec.projects:
         raise ConfigError(
             explain(

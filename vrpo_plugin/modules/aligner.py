@@ -25,8 +25,9 @@ from vrpo_plugin.functional.tensors import (
     resample_tokens,
     zero_unless,
 )
+from vrpo_plugin.modules.actions import Reward
 from vrpo_plugin.modules.critic import CriticPurpose, LatentCritic, check_purpose, load_critic_weights
-from vrpo_plugin.modules.generation import GenerationReadout, Reward
+from vrpo_plugin.modules.generation import GenerationReadout
 from vrpo_plugin.modules.inputs import (
     check_hidden,
     check_latents,
@@ -35,26 +36,26 @@ from vrpo_plugin.modules.inputs import (
     check_targets,
     check_times,
     holds,
-    say_group_sizes,
     sizes_of_encoder,
     sizes_of_model,
     warn_without_gradient,
 )
 from vrpo_plugin.modules.projector import build_projector
-from vrpo_plugin.modules.standstill import CollapseNotice, UpdateWatch, wrapped_too_early
+from vrpo_plugin.modules.standstill import RewardsEnd, UpdateWatch, wrapped_too_early
 from vrpo_plugin.modules.statistics import update_buffer
 from vrpo_plugin.modules.taps import Taps, resolve_layers
 
 logger = logging.getLogger("vrpo_plugin")
+CRITIC_COEFF = 0.1  # only the critic learns by it, and Adam minds no factor; small, for a host's clipping of all norms
 LARGE_SCALED_COEFF = 0.3  # of scaled advantages: more than twice the default's tenth
 
 
 @dataclass(frozen=True)
 class VRPOOutput:
-    """What one call of the aligner returns. S is the number of groups.
+    """What one call of the aligner returns.
 
     Attributes:
-        loss: scalar to add to the denoising loss: policy_loss + critic_coeff * critic_loss.
+        loss: scalar to add to the denoising loss: policy_loss + 0.1 * critic_loss.
         policy_loss: scalar, all that reaches the generator:
             proj_coeff * release * features_loss + reward_coeff * reward_release * generation_loss.
         features_loss: scalar, the negative reward of the features readout; REPA's projection loss.
@@ -62,9 +63,10 @@ class VRPOOutput:
         generation_loss: scalar, the policy loss of the generation readout.
         reward_release: share of the generation part that its schedule has left, in [0, 1]; 0 after a fallback.
         critic_loss: scalar, 1 - mean cosine of the critic on clean latents.
-        rewards: name to (B,), without gradient; NaN where a reward is not finite or did not score the sample.
-        weights: name to (S,), the share of each optimised reward in each group.
-        advantages: (B,).
+        rewards: name to (B,), without gradient; NaN where a reward is not finite or did not score the sample, and once
+            the rewards have lost their weight for good: then neither they nor the critic are run in training mode.
+        weights: name to (B,), the share of each optimised reward at each sample's noise level.
+        advantages: (B,), of each sample against what its noise level is remembered for.
         metrics: log name to scalar tensor on the device, without gradient.
     """
 
@@ -161,7 +163,7 @@ class VRPOAligner(nn.Module):
         self.taps = Taps(self.layers)
         self._seen: set[Any] = set()  # kinds of input that were checked
         self._watch = UpdateWatch()
-        self._collapse = CollapseNotice()
+        self._end = RewardsEnd()
         with torch.random.fork_rng(devices=[]):
             self.projectors = self._build_projectors()
             purpose = replace(critic_purpose or CriticPurpose(), target_norm=self.config.target_norm)
@@ -189,6 +191,10 @@ class VRPOAligner(nn.Module):
                 "the length of the run is not known, so the rewards keep their weight. Runs that let go of them ended "
                 "lower: set reward_release_steps to the run's steps (in a host VRPO_REWARD_RELEASE_STEPS)."
             )
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._end = RewardsEnd()  # of another moment
 
     def _build_projectors(self) -> nn.ModuleList:
         if self.config.features != "policy" or not self.own_projectors:
@@ -372,16 +378,12 @@ class VRPOAligner(nn.Module):
                 assert t is not None
                 if (t.dtype, t.device) not in self._seen:  # values are read once, not for every batch size
                     check_times(t)
-                if self.config.group == "noise":
-                    say_group_sizes(batch, self.config.group_size)
             if not compiling:
                 self._first_call(step, estimate, [*tokens, *projected])
                 self._seen |= {kind} if t is None else {kind, (t.dtype, t.device)}
         if self.training and not compiling:
             self._watch.look(self)
             self.taps.wrapper.leave()
-            if self.generation is not None and self.config.fallback and self.says_collapse:
-                self._collapse.look(self.generation.watch.reason)
         if self.training:
             update_buffer(self, "step", self.step + 1)
         if self.config.target_norm == "spatial":
@@ -396,28 +398,25 @@ class VRPOAligner(nn.Module):
             rewards["semantic_features"] = torch.where(sound, reward.detach(), torch.nan)
             metrics["vrpo/align_cos"] = -features_loss.detach()
             metrics["vrpo/nonfinite"] = (~sound).sum().float()
-        generated = None
-        if self.generation is not None:
-            assert x0 is not None and x_t is not None and t is not None  # the first call has checked
-            if x0_hat is None:
-                assert velocity is not None
-                # The velocity's gradient has the time as its factor: NaN, though the sample is left out below.
-                usable = finite_or_zero(t)
-                x0_hat = clean_estimate(promote(x_t), promote(velocity), usable, self.config.path_type)
-            on_grid = tuple(self._resample(target[:, self.prefix_tokens :], self.token_grid) for target in targets)
-            generated = self.generation(RewardState(x0_hat, x0, x_t, t, on_grid, y, step), generator)
         release = self._left(self.config.release, self.config.release_steps, step)
-        reward_release = self._left(self.config.reward_release, self.config.reward_release_steps, step)
-        floor = self.config.reward_floor
-        reward_release = floor + (1 - floor) * reward_release if floor else reward_release
         policy_loss = self.config.proj_coeff * release * features_loss
-        loss = policy_loss
-        if generated is not None and self.generation is not None:
+        loss, reward_release, generated = policy_loss, self._reward_release(step), None
+        if self.generation is not None:
+            if self.training and self._has_ended(reward_release):
+                generated = self.generation.idle(len(targets[0]))
+            else:
+                assert x0 is not None and x_t is not None and t is not None  # the first call has checked
+                x0_hat = self._estimate(x_t, t, velocity, x0_hat)
+                on_grid = tuple(self._resample(target[:, self.prefix_tokens :], self.token_grid) for target in targets)
+                generated = self.generation(RewardState(x0_hat, x0, x_t, t, on_grid, y, step), generator)
             if self.config.fallback:
                 reward_release = reward_release * self.generation.watch.share
-            metrics["vrpo/reward_share"] = zero + reward_release
-            policy_loss = policy_loss + self.config.reward_coeff * reward_release * generated.loss
-            loss = policy_loss + self.config.critic_coeff * generated.critic_loss
+            weight = self.config.reward_coeff * reward_release
+            policy_loss = policy_loss + weight * generated.loss
+            loss = policy_loss + CRITIC_COEFF * generated.critic_loss
+            metrics |= generated.metrics | {"vrpo/reward_share": zero + reward_release}
+            if "vrpo/gradient_ratio" in metrics:
+                metrics["vrpo/gradient_ratio"] = weight * metrics["vrpo/gradient_ratio"]
         return VRPOOutput(
             loss=loss,
             policy_loss=policy_loss,
@@ -429,8 +428,29 @@ class VRPOAligner(nn.Module):
             rewards=rewards | (generated.rewards if generated else {}),
             weights=generated.weights if generated else {},
             advantages=generated.advantages if generated else zero.new_zeros(len(targets[0])),
-            metrics=metrics | (generated.metrics if generated else {}),
+            metrics=metrics,
         )
+
+    def _estimate(self, x_t: Tensor, t: Tensor, velocity: Tensor | None, x0_hat: Tensor | None) -> Tensor:
+        if x0_hat is not None:
+            return x0_hat
+        assert velocity is not None
+        # The velocity's gradient has the time as its factor: NaN, though the sample is left out.
+        return clean_estimate(promote(x_t), promote(velocity), finite_or_zero(t), self.config.path_type)
+
+    def _reward_release(self, step: int | None) -> Tensor | float:
+        """What the schedule of the rewards has left, without a collapse."""
+        left = self._left(self.config.reward_release, self.config.reward_release_steps, step)
+        floor = self.config.reward_floor
+        return floor + (1 - floor) * left if floor else left
+
+    def _has_ended(self, reward_release: Tensor | float) -> bool:
+        """Whether the weight is known to be 0 for good: at once by the loop's own step, else a little later."""
+        assert self.generation is not None
+        if not torch.compiler.is_compiling():
+            reason = self.generation.watch.reason if self.config.fallback else None
+            self._end.look(reward_release, reason, say=self.says_collapse)
+        return self._end.reached or (not isinstance(reward_release, Tensor) and reward_release == 0)
 
     def _first_call(self, step: int | None, estimate: Tensor | None, tokens: Sequence[Tensor]) -> None:
         """Says what makes a run stand still, as far as its first call can tell."""

@@ -1,7 +1,7 @@
 """The generation readout: rewards of the one-step clean estimate, and the policy loss they give."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
@@ -9,28 +9,36 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from vrpo_plugin.config import BUILTIN_REWARDS, VRPOConfig
-from vrpo_plugin.errors import ConfigError, ShapeError, explain
-from vrpo_plugin.functional.advantages import GroupMoments, combine_rewards, group_moments
-from vrpo_plugin.functional.groups import Groups, image_groups, noise_strata
-from vrpo_plugin.functional.interpolant import time_like
-from vrpo_plugin.functional.policy import (
-    action_noise,
-    at_estimate,
-    coarse_sides,
-    pathwise_policy_loss,
-    score_function_gradient,
-)
+from vrpo_plugin.errors import ConfigError, explain
+from vrpo_plugin.functional.advantages import inverse_scale
+from vrpo_plugin.functional.levels import level_differs, level_variance, noise_levels
+from vrpo_plugin.functional.policy import at_estimate, pathwise_policy_loss
 from vrpo_plugin.functional.rewards import RewardState, feature_distance, fidelity_reward, semantic_reward
-from vrpo_plugin.functional.tensors import finite_or_zero, finite_samples, masked_mean, promote, zero_unless
+from vrpo_plugin.functional.tensors import (
+    finite_or_zero,
+    finite_samples,
+    is_finite,
+    masked_mean,
+    promote,
+    unused,
+    zero_unless,
+)
 from vrpo_plugin.functional.weights import inverse_variance_weights, noise_gate
+from vrpo_plugin.modules.actions import (
+    Actions,
+    Reward,
+    black_box_loss,
+    call_reward,
+    marked,
+    mean_of_actions,
+    score_actions,
+)
 from vrpo_plugin.modules.collapse import CollapseWatch
 from vrpo_plugin.modules.critic import CriticOutput, LatentCritic
-from vrpo_plugin.modules.inputs import described
 from vrpo_plugin.modules.statistics import RewardStatistics
 
-SMALLEST_ACTION_TIME = 0.05
-
-Reward = Callable[[RewardState], Tensor | tuple[Tensor, Tensor]]
+NONFINITE = "vrpo/nonfinite"
+SMALLEST_ERROR = 1e-12  # of an estimate, that is divided by
 
 
 @dataclass(frozen=True)
@@ -46,22 +54,22 @@ class GenerationOutput:
 
 
 @dataclass(frozen=True)
-class Actions:
-    """K actions of each state, for rewards without a gradient.
+class Levels:
+    """What the memory says of the K optimised rewards at L noise levels, each (K, L).
 
     Attributes:
-        noise: directions (K, B, C, H, W).
-        std: of each state's actions (B,).
-        rewards: (R, K, B), marked as :func:`_marked` says.
+        mean: the value baseline; NaN where a reward is not remembered, or always the same.
+        weights: sum to 1 over the rewards.
+        coefficients: weight over scale, the factor of each reward's gradient.
     """
 
-    noise: Tensor
-    std: Tensor
-    rewards: Tensor
+    mean: Tensor
+    weights: Tensor
+    coefficients: Tensor
 
 
 class GenerationReadout(nn.Module):
-    """Scores x0_hat, compares within groups, weighs, and returns the policy loss (equations 4 to 15).
+    """Scores x0_hat, compares with the noise level's memory, weighs, and returns the policy loss (equations 4 to 15).
 
     Args:
         config: the objective.
@@ -95,14 +103,20 @@ class GenerationReadout(nn.Module):
         self.pathwise_names = (*config.rewards, *rewards)
         self.names = (*self.pathwise_names, *black_box_rewards)
         self.watched = self.names if "fidelity" in self.names else (*self.names, "fidelity")
-        self.statistics = RewardStatistics(len(self.watched), decay=config.variance_decay)
+        self.fidelity = self.watched.index("fidelity")
+        # A frozen critic's view of x0 is the other side of ``perceptual``; nothing else asks for it.
+        self.sees_clean = critic is not None and (config.critic_trainable or "perceptual" in config.rewards)
+        # The critic's agreement with the encoder goes with the rewards, last.
+        self.statistics = RewardStatistics(len(self.watched) + self.sees_clean)
         self.watch = CollapseWatch()
         self.register_buffer("shares", self._fixed_shares(), persistent=False)
 
     def _fixed_shares(self) -> Tensor | None:
         if self.config.reward_weights == "inverse_variance":
             return None
-        shares = dict(self.config.reward_weights)
+        shares = dict.fromkeys(self.names, 1.0)
+        if self.config.reward_weights != "equal":
+            shares = dict(self.config.reward_weights)
         if set(shares) != set(self.names):
             raise ConfigError(
                 explain(
@@ -115,7 +129,7 @@ class GenerationReadout(nn.Module):
         # In Python's float64, where shares of any size have a sum, and in units of the largest, where theirs is finite.
         largest = max(shares.values())
         values = [shares[name] / largest for name in self.names]
-        return rearrange(torch.tensor([value / sum(values) for value in values]), "k -> k 1 1")
+        return rearrange(torch.tensor([value / sum(values) for value in values]), "k -> k 1")
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         # Shares that a host's cast to bfloat16 has rounded would not sum to 1.
@@ -136,56 +150,59 @@ class GenerationReadout(nn.Module):
             ShapeError: a reward is not (B,).
         """
         state, sound = _without_nonfinite(state)
-        critic_loss, clean, agreement = self._learn(state, sound)
+        agreement, clean = self._look_at_clean(state)
         estimate = state.x0_hat
         # Compiled code plans its memory itself, and cannot take a gradient inside a forward pass.
         early = estimate.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         leaf = estimate.detach().requires_grad_() if early else estimate
         # A view: hooks on a module's inputs, as torch's flop counter has them, take no leaf.
         values = self._pathwise_rewards(replace(state, x0_hat=leaf.view_as(leaf)), clean)
-        actions = self._score_actions(state, generator) if self.black_box_rewards else None
+        boxes, actions = self.black_box_rewards, None
+        if boxes:
+            actions = score_actions(boxes, state, self.config, generator)
         with torch.no_grad():
-            rewards = self._all_rewards(values, state, actions)
-            valid = torch.isfinite(rewards) & sound
-            groups = self._groups(state)
-            moments = group_moments(groups.split(torch.where(valid, rewards, torch.nan)), mask=groups.mask)
-            self._remember(state.t, groups, moments, valid)
-            weights = self._weights(state.t, groups, moments)
-            advantages, coefficients = self._combine(moments, weights, slice(0, len(self.names)))
+            rewards = self._all_rewards(values, state, actions, agreement)
+            valid = is_finite(rewards) & sound
+            level = noise_levels(state.t)
+            added = self.statistics.update(rewards, level, valid)
+            levels, variance = self._levels()
+            weights, coefficients = levels.weights[:, level], levels.coefficients[:, level]
+            optimised, split = len(self.names), len(self.pathwise_names)
+            deviations = rewards[:optimised] - levels.mean[:, level]
+            known = valid[:optimised] & ~deviations.isnan()
+            advantages = torch.where(known, coefficients * deviations, 0).sum(0)
+            values_of_call = [advantages.abs().mean(), (~sound | torch.isinf(rewards).any(0)).sum()]
+            metrics = self._metrics(added, variance, levels.weights, values_of_call)
+            self._look_for_a_collapse(levels, variance)
             gate = noise_gate(state.t, self.config.noise_gate, self.config.noise_gate_end)
-            coefficients = groups.join(coefficients.expand(-1, *groups.index.shape)) * gate
-        split = len(self.pathwise_names)
-        loss = pathwise_policy_loss(values, coefficients[:split], valid=valid[:split])
+        loss = pathwise_policy_loss(values, coefficients[:split] * gate, valid=valid[:split])
         if early and split:
-            loss = at_estimate(loss, leaf, estimate)
+            loss, gradient = at_estimate(loss, leaf, estimate)
+            metrics["vrpo/gradient_ratio"] = _gradient_ratio(gradient, -rewards[self.fidelity], state.t)
         if actions is not None:
-            shares = groups.join(weights.expand(-1, *groups.index.shape))[split:] * gate
-            loss = loss + self._black_box_loss(actions, shares, rewards[split : len(self.names)], sound, estimate)
-        metrics = self._metrics(rewards, valid, moments, weights, advantages, sound) | agreement
-        self._watch(metrics)
+            shares = weights[split:] * gate
+            loss = loss + black_box_loss(actions, shares, rewards[split:optimised], sound, estimate, self.config)
+        learns = self.sees_clean and self.config.critic_trainable
         return GenerationOutput(
             loss=loss,
-            critic_loss=critic_loss,
-            rewards=dict(zip(self.watched, torch.where(valid, rewards, torch.nan), strict=True)),
-            weights=dict(zip(self.names, weights.squeeze(-1), strict=True)),
-            advantages=groups.join(advantages),
+            critic_loss=1 - masked_mean(agreement, sound) if learns else loss.new_zeros(()),
+            rewards=dict(zip(self.watched, torch.where(valid, rewards, torch.nan), strict=False)),
+            weights=dict(zip(self.names, weights, strict=True)),
+            advantages=advantages,
             metrics=metrics | {"vrpo/fallback": self.watch.reason.float()},
         )
 
-    def _learn(self, state: RewardState, sound: Tensor) -> tuple[Tensor, CriticOutput | None, dict[str, Tensor]]:
-        """The critic's regression on clean latents, the only place where its weights get a gradient."""
-        zero = state.x0_hat.new_zeros((), dtype=torch.float32)
-        trainable = self.config.critic_trainable
-        # A frozen critic's view of x0 is the other side of ``perceptual``; nothing else asks for it.
-        if self.critic is None or not (trainable or "perceptual" in self.config.rewards):
-            return zero, None, {}
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trainable):
+    def _look_at_clean(self, state: RewardState) -> tuple[Tensor, CriticOutput | None]:
+        """The critic's agreement with the encoder on clean latents (B,), the only place where its weights learn."""
+        if not self.sees_clean:
+            return state.t, None
+        assert self.critic is not None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.critic_trainable):
             clean = self.critic(state.x0)
-            cosine = masked_mean(semantic_reward(clean.tokens, state.z), sound)
-        return (1 - cosine if trainable else zero), clean, {"vrpo/critic_cos": cosine.detach()}
+            return semantic_reward(clean.tokens, state.z), clean
 
     def _pathwise_rewards(self, state: RewardState, clean: CriticOutput | None) -> Tensor:
-        """Differentiable rewards (K, B), marked as :func:`_marked` says."""
+        """Differentiable rewards (K, B), marked as ``marked`` says."""
         built_in: dict[str, Tensor] = {}
         if self.critic is not None:
             # Detached weights: the generator cannot teach its critic leniency.
@@ -210,7 +227,7 @@ class GenerationReadout(nn.Module):
                 # A reward that is NaN is left out of the loss, and 0 times its gradient would be NaN again.
                 # One view per reward, so that the gradients of the others stay.
                 x0_hat.register_hook(finite_or_zero)
-            value, scored = _call_reward(name, reward, replace(state, x0_hat=x0_hat))
+            value, scored = call_reward(name, reward, replace(state, x0_hat=x0_hat))
             if x0_hat.requires_grad and not value.requires_grad:
                 raise ConfigError(
                     explain(
@@ -220,161 +237,102 @@ class GenerationReadout(nn.Module):
                         do="Pass it in black_box_rewards=.",
                     )
                 )
-            values.append(_marked(value, scored))
+            values.append(marked(value, scored))
         return values
 
-    @torch.no_grad()
-    def _score_actions(self, state: RewardState, generator: torch.Generator | None) -> Actions:
-        """Every black-box reward at K actions of each state."""
-        if generator is None:
-            raise ConfigError(
-                explain(
-                    "generator",
-                    expected="a torch.Generator, for the actions that black-box rewards score",
-                    got=None,
-                    do="Pass aligner(..., generator=torch.Generator(device).manual_seed(seed)).",
-                )
-            )
-        config, mean = self.config, state.x0_hat.detach()
-        noise = action_noise(mean, config.actions, config.action_grid, generator)
-        # Near the data an estimate hardly errs, and is hardly varied; at t = 0 a direction still needs a length.
-        std = config.action_std * promote(state.t).clamp(min=SMALLEST_ACTION_TIME)
-        rows = []
-        for direction in noise:  # over actions, not samples: a reward is called with a batch at a time
-            acted = replace(state, x0_hat=mean + time_like(std, mean) * direction.to(mean.dtype))
-            rows.append(torch.stack([_marked(*_call_reward(n, r, acted)) for n, r in self.black_box_rewards.items()]))
-        return Actions(noise, std, torch.stack(rows, 1))
-
-    def _black_box_loss(
-        self, actions: Actions, shares: Tensor, rewards: Tensor, sound: Tensor, x0_hat: Tensor
-    ) -> Tensor:
-        """Equation 14: what the rewards are, with the gradient that their actions tell."""
-        rows, columns = coarse_sides(x0_hat, self.config.action_grid)
-        cell = x0_hat[0, 0].numel() / (rows * columns)
-        loss = x0_hat.new_zeros((), dtype=torch.float32)
-        for scored, share, reward in zip(actions.rewards, shares, rewards, strict=True):
-            gradient, usable = score_function_gradient(
-                torch.where(sound, scored, torch.nan),
-                actions.noise,
-                actions.std,
-                cell=cell,
-                normalize=self.config.scale != "none",
-                eps=self.config.scale_eps,
-            )
-            count = usable.sum().clamp(min=1)
-            weight = torch.where(usable, share, 0) / count
-            value = -(weight * torch.where(usable, reward, 0)).sum()
-            # A sample that is not finite is zeros here, and has no gradient.
-            moved = (time_like(weight, x0_hat) * gradient * (x0_hat - x0_hat.detach())).sum()
-            loss = loss + value - moved
-        return loss
-
-    def _all_rewards(self, values: Tensor, state: RewardState, actions: Actions | None) -> Tensor:
-        """Every watched reward (K, B), without gradient, in the order of ``watched``; a black box's is a mean."""
+    def _all_rewards(self, values: Tensor, state: RewardState, actions: Actions | None, agreement: Tensor) -> Tensor:
+        """Every watched reward and the critic's agreement (R, B), without gradient; a black box's is a mean."""
         rows = [values.detach()]
         if actions is not None:
-            rows.append(_mean_of_actions(actions.rewards))
+            rows.append(mean_of_actions(actions.rewards))
         if "fidelity" not in self.names:
             rows.append(fidelity_reward(state.x0_hat, state.x0)[None])
+        if self.sees_clean:
+            rows.append(agreement.detach()[None])
         return torch.cat(rows)
 
-    def _groups(self, state: RewardState) -> Groups:
-        if self.config.group == "image":
-            return image_groups(len(state.t), self.config.group_size, device=state.t.device)
-        return noise_strata(state.t, self.config.group_size)
-
-    def _remember(self, t: Tensor, groups: Groups, moments: GroupMoments, valid: Tensor) -> None:
-        if not self.training:
-            return
-        unbiased = moments.count / (moments.count - 1).clamp(min=1)
-        comparable = groups.join((moments.count >= 2).expand_as(moments.deviation))
-        self.statistics.update(t, groups.join(moments.deviation.square() * unbiased), valid & comparable)
-
-    def _weights(self, t: Tensor, groups: Groups, moments: GroupMoments) -> Tensor:
-        """Weights (K, S, 1) of the optimised rewards."""
-        count = len(self.names)
+    def _levels(self) -> tuple[Levels, Tensor]:
+        """What the memory says of the optimised rewards, and the variance of every row (R, L)."""
+        moments, count = self.statistics.moments, len(self.names)
+        variance = level_variance(moments)
+        scale = self.config.scale
         if self.shares is not None:
-            return self.shares.expand(count, len(groups.index), 1)
-        variance = groups.split(self.statistics.variance(t))[:count]
-        variance = torch.where(groups.mask, variance, 0).sum(-1, keepdim=True) / groups.mask.sum(-1, keepdim=True)
-        variance = torch.where(torch.isnan(variance), moments.variance[:count], variance)
-        return inverse_variance_weights(variance, floor=self.config.variance_floor, cap=self.config.weight_cap)
+            weights = self.shares.expand(count, variance.shape[1])
+        else:
+            own = variance[:count]
+            # Advantages over their own deviation have variance 1.
+            weights = inverse_variance_weights(torch.where(own > 0, 1, own) if scale == "group" else own)
+        coefficients = weights if scale == "none" else weights * inverse_scale(variance[:count], scale=scale)
+        remembered = (variance[:count] > 0) & (moments[0, :count] > 0)
+        mean = torch.where(remembered, moments[1, :count], torch.nan)
+        return Levels(mean, weights, coefficients), variance
 
-    def _combine(self, moments: GroupMoments, weights: Tensor, which: slice) -> tuple[Tensor, Tensor]:
-        chosen = GroupMoments(**{f.name: getattr(moments, f.name)[which] for f in fields(moments)})
-        return combine_rewards(
-            chosen,
-            weights,
-            scale=self.config.scale,
-            aggregation=self.config.aggregation,
-            eps=self.config.scale_eps,
+    def idle(self, batch: int) -> GenerationOutput:
+        """What :meth:`forward` gives once the rewards have lost their weight for good, with nothing run."""
+        zero = self.statistics.moments.new_zeros(())
+        unknown = torch.full_like(zero, torch.nan)
+        metrics = {name: zero if name == NONFINITE else unknown for name in self._metric_names()}
+        if torch.is_grad_enabled() and self.pathwise_names and not torch.compiler.is_compiling():
+            metrics["vrpo/gradient_ratio"] = unknown
+        return GenerationOutput(
+            loss=zero,
+            critic_loss=unused(self.parameters(), zero),
+            rewards=dict.fromkeys(self.watched, unknown.expand(batch)),
+            weights=dict.fromkeys(self.names, unknown.expand(batch)),
+            advantages=zero.expand(batch),
+            metrics=metrics | {"vrpo/fallback": self.watch.reason.float()},
         )
+
+    def _metric_names(self) -> list[str]:
+        names = [f"vrpo/{kind}/{name}" for kind in ("reward", "std") for name in self.watched]
+        names += [f"vrpo/weight/{name}" for name in self.names]
+        names += ["vrpo/critic_cos"] * self.sees_clean
+        return [*names, "vrpo/frac_reward_zero_std", "vrpo/advantage_abs", NONFINITE]
 
     def _metrics(
-        self,
-        rewards: Tensor,
-        valid: Tensor,
-        moments: GroupMoments,
-        weights: Tensor,
-        advantages: Tensor,
-        sound: Tensor,
+        self, added: Tensor, variance: Tensor, weights: Tensor, of_this_process: list[Tensor]
     ) -> dict[str, Tensor]:
-        means = torch.where(valid, rewards, 0).sum(1) / valid.sum(1)
-        stds = moments.variance.mean((1, 2)).sqrt()
-        metrics = {f"vrpo/reward/{n}": m for n, m in zip(self.watched, means, strict=True)}
-        metrics |= {f"vrpo/std/{n}": s for n, s in zip(self.watched, stds, strict=True)}
-        metrics |= {f"vrpo/weight/{n}": w for n, w in zip(self.names, weights.mean((1, 2)), strict=True)}
-        metrics["vrpo/advantage_abs"] = advantages.abs().sum() / valid[0].numel()
-        metrics["vrpo/frac_reward_zero_std"] = 1 - moments.live[: len(self.names)].any(0).float().mean()
-        metrics["vrpo/nonfinite"] = (~sound | torch.isinf(rewards).any(0)).sum().float()
-        return metrics
+        """Of what a call has added on all processes, and of this one."""
+        count, mean, _ = added
+        total = count.sum(1)
+        share = count / total.clamp(min=1)[:, None]
+        optimised, of_all = len(self.names), share[self.fidelity]  # every sound sample has a fidelity
+        means = (share * mean).sum(1) / (total > 0)  # NaN where a reward scored nothing
+        stds = (share * torch.nan_to_num(variance)).sum(1).sqrt()
+        mean_weights = (of_all * weights).sum(1)
+        alike = ((count[:optimised] >= 2) > level_differs(added[:, :optimised])).all(0)
+        single = torch.stack([(of_all * alike).sum(), *of_this_process])
+        watched = len(self.watched)
+        values = torch.cat([means[:watched], stds[:watched], mean_weights, means[watched:], single])
+        return dict(zip(self._metric_names(), values.unbind(), strict=True))
 
-    def _watch(self, metrics: dict[str, Tensor]) -> None:
+    def _look_for_a_collapse(self, levels: Levels, variance: Tensor) -> None:
+        """Hands the watch what the memory says, which is the same on every process."""
         if not (self.training and self.config.fallback):
             return
-        weighted = [metrics[f"vrpo/weight/{name}"] * metrics[f"vrpo/reward/{name}"] for name in self.names]
-        fidelity = metrics["vrpo/reward/fidelity"]
-        unknown = torch.full_like(fidelity, torch.nan)
-        # Without one finite sample every group is dead and every mean 0, which says nothing of critic and rewards.
-        some = torch.isfinite(fidelity)
+        count, mean, _ = self.statistics.moments
+        means = mean.sum(1) / (count > 0).sum(1)  # over levels; NaN where nothing was ever seen
+        weights, variance = levels.weights, variance[: len(self.names)]
+        unknown = torch.full_like(means[0], torch.nan)
         self.watch.update(
-            agreement=torch.where(some, metrics.get("vrpo/critic_cos", unknown), torch.nan),
-            live=torch.where(some, 1 - metrics["vrpo/frac_reward_zero_std"], torch.nan),
-            fidelity=unknown if "fidelity" in self.names else fidelity,
-            reward=torch.stack(weighted).sum(),
+            agreement=means[-1] if self.sees_clean else unknown,
+            spread=(weights.square() * variance).sum(0).mean().sqrt(),
+            fidelity=unknown if "fidelity" in self.names else means[self.fidelity],
+            reward=(weights.mean(1) * means[: len(self.names)]).sum(),
         )
 
 
-def _call_reward(name: str, reward: Reward, state: RewardState) -> tuple[Tensor, Tensor | None]:
-    result = reward(state)
-    value, scored = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
-    right = isinstance(value, Tensor) and value.shape == state.t.shape and not value.is_complex()
-    if scored is not None:
-        right = right and isinstance(scored, Tensor) and scored.shape == state.t.shape and scored.dtype == torch.bool
-    if not right:
-        raise ShapeError(
-            explain(
-                f"reward {name!r}",
-                expected=f"values (B={len(state.t)},), higher is better, and an optional boolean mask of that shape",
-                got=[described(x) for x in (result if isinstance(result, tuple) else (result,))],
-                do="Return one value per sample.",
-            )
-        )
-    return value, scored
+def _gradient_ratio(gradient: Tensor, error: Tensor, t: Tensor) -> Tensor:
+    """Mean over samples of |dL_gen / dx0_hat| over |dL_denoising / dx0_hat|, 0-dim (equation 16c).
 
-
-def _mean_of_actions(rewards: Tensor) -> Tensor:
-    """Means (R, B) over the finite of K actions (R, K, B); where fewer than two are, inf or NaN as in ``_marked``."""
-    finite = torch.isfinite(rewards)
-    count = finite.sum(1)
-    mean = torch.where(finite, rewards, 0).sum(1) / count.clamp(min=1)
-    return torch.where(count >= 2, mean, torch.where(torch.isinf(rewards).any(1), torch.inf, torch.nan))
-
-
-def _marked(value: Tensor, scored: Tensor | None) -> Tensor:
-    """Inf for a reward that is not finite, which is counted; NaN where the reward did not score the sample."""
-    value = torch.where(torch.isfinite(value), value, torch.inf)
-    return value if scored is None else torch.where(scored, value, torch.nan)
+    Args:
+        gradient: of the generation loss (B, C, H, W).
+        error: mean squared error of the estimates (B,).
+        t: (B,).
+    """
+    size = torch.linalg.vector_norm(promote(gradient).flatten(1), dim=1)
+    ratio = size * promote(t).square() * error.clamp(min=SMALLEST_ERROR).rsqrt()
+    return ratio.mean() * (gradient.numel() / 2 / gradient[0].numel() ** 0.5)
 
 
 def _without_nonfinite(state: RewardState) -> tuple[RewardState, Tensor]:

@@ -201,21 +201,6 @@ def _are_sizes(given: Any, count: int | None = None) -> bool:
     )
 
 
-def say_group_sizes(batch: int, group_size: int) -> None:
-    """Says where a batch does not fill its noise strata."""
-    if torch.compiler.is_compiling():
-        return
-    if batch == 1:
-        warnings.warn(
-            "vrpo_plugin: a batch of one sample has nothing to be compared with: reward variances stay unknown, "
-            'and scale="group" or "batch" gives no gradient. Use a larger batch per process.',
-            stacklevel=2,
-        )
-    elif batch % group_size:
-        last = batch if batch < group_size else group_size + batch % group_size
-        logger.warning("batch of %d in noise strata of %d: the last one holds %d", batch, group_size, last)
-
-
 def _latent_advice(given: object, x0: object) -> str:
     if not (isinstance(given, Tensor) and isinstance(x0, Tensor)) or given.ndim != 4 or x0.ndim != 4:
         return ""

@@ -18,7 +18,7 @@ logger = logging.getLogger("vrpo_plugin")
 
 ZERO_STEPS = 100  # in a row, before they are said to be a standstill
 ZERO_LOOK = 50  # steps between looks at that count
-COLLAPSE_LOOK = 50  # calls between looks at a collapse
+END_LOOK = 50  # calls between looks at the rewards' weight
 FIRST_LOOK = 16  # calls; then at twice as many, until the model itself has been updated
 
 
@@ -99,33 +99,51 @@ class LaterRead:
         return self._copied is None or self._copied.query()
 
     def values(self) -> list[Any]:
-        """The numbers."""
+        """The numbers; where :meth:`is_there` was not asked, it waits for them."""
+        if self._copied is not None:
+            self._copied.synchronize()
         return self._values.tolist()
 
 
-class CollapseNotice:
-    """Says once, on the first process, that the rewards have lost their weight. A copy begins afresh."""
+class RewardsEnd:
+    """Notices that the rewards have lost their weight for good, without waiting for the device.
+
+    It asks at every 50th call and reads the answer 25 calls later, on every process alike: what is not run any more
+    holds a collective. A plain object, whose copy begins afresh.
+
+    Attributes:
+        reached: the weight is 0 for good.
+    """
 
     def __init__(self) -> None:
-        self.said = False
+        self.reached = False
         self._calls = 0
         self._answer: LaterRead | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return CollapseNotice().__dict__
+        return RewardsEnd().__dict__
 
-    def look(self, reason: Tensor) -> None:
-        """Counts a call in training mode; ``reason`` is :class:`CollapseWatch`'s."""
-        if self.said:
+    def look(self, share: Tensor | float, reason: Tensor | None, *, say: bool) -> None:
+        """Counts a call in training mode.
+
+        Args:
+            share: what the schedule has left; a number is no question.
+            reason: :class:`CollapseWatch`'s; None where a collapse changes nothing.
+            say: the first process says a collapse, once, in words.
+        """
+        asked = [x for x in (share, reason) if isinstance(x, Tensor)]
+        if self.reached or not asked or asked[0].is_meta:
             return
-        if self._answer is not None and self._answer.is_there():
-            (found,), self._answer = self._answer.values(), None
-            self.said = bool(found)
-            if found and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
-                logger.warning("vrpo_plugin: %s", describe_collapse(found))
         self._calls += 1
-        if self._calls % COLLAPSE_LOOK == 0:
-            self._answer = LaterRead(reason[None])
+        if self._calls % END_LOOK == 0:
+            left = share if isinstance(share, Tensor) else torch.full_like(asked[0], share, dtype=torch.float32)
+            found = torch.zeros_like(left) if reason is None else reason
+            self._answer = LaterRead(torch.stack([left.float(), found.float()]))
+        elif self._answer is not None and self._calls % END_LOOK == END_LOOK // 2:
+            (left, found), self._answer = self._answer.values(), None
+            self.reached = bool(found) or left == 0
+            if found and say and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+                logger.warning("vrpo_plugin: %s", describe_collapse(found))
 
 
 class WrapperCheck:

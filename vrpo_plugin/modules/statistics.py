@@ -1,10 +1,10 @@
-"""Running variances of rewards, per noise level and the same on every process."""
+"""What rewards are at each noise level: running means and variances, the same on every process."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-NOISE_BINS = 10
+from vrpo_plugin.functional.levels import LEVELS, level_moments, merge_moments, remember
 
 
 def update_buffer(module: nn.Module, name: str, value: Tensor) -> None:
@@ -20,54 +20,49 @@ def update_buffer(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 class RewardStatistics(nn.Module):
-    """Exponentially weighted variance of each reward in ten bins of t (equation 11).
-
-    Fixed bins, because strata move with the batch: they give every group size, batch size and number of
-    processes one memory. The sums are reduced over processes, with no transfer to the host.
+    """Moments of each reward at ten levels of noise, with a memory (equations 8 and 11).
 
     Args:
         num_rewards: K.
-        decay: per-update decay of a bin that got a sample, in [0, 1).
+
+    Attributes:
+        moments: (3, K, 10), as ``vrpo_plugin.functional.levels`` describes them.
 
     Source: our derivation.
     """
 
-    square_sum: Tensor
-    count: Tensor
+    moments: Tensor
 
-    def __init__(self, num_rewards: int, *, decay: float = 0.99) -> None:
+    def __init__(self, num_rewards: int) -> None:
         super().__init__()
-        self.decay = decay
-        self.register_buffer("square_sum", torch.zeros(num_rewards, NOISE_BINS))
-        self.register_buffer("count", torch.zeros(num_rewards, NOISE_BINS))
+        self.register_buffer("moments", torch.zeros(3, num_rewards, LEVELS))
 
     @torch.no_grad()
-    def update(self, t: Tensor, square_deviation: Tensor, valid: Tensor) -> None:
-        """Adds a batch, reduced over all processes.
+    def update(self, rewards: Tensor, level: Tensor, valid: Tensor) -> Tensor:
+        """Adds a batch of each process; in evaluation mode it changes nothing, and asks no other process.
 
         Args:
-            t: times (B,).
-            square_deviation: squared deviations from the group's mean (K, B), times n / (n - 1).
-            valid: (K, B); False leaves a sample out.
+            rewards: (K, B).
+            level: of each sample (B,).
+            valid: (K, B); False leaves a reward out.
+
+        Returns:
+            Moments (3, K, 10) of what was added.
         """
-        member = self._bins(t)[:, None] == torch.arange(NOISE_BINS, device=t.device)
-        taken = (valid[:, :, None] & member).to(self.count.dtype)
-        new = torch.stack([(taken * square_deviation[:, :, None]).sum(1), taken.sum(1)])
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(new)
-        decay = torch.where(new[1] > 0, self.decay, 1.0)
-        update_buffer(self, "square_sum", self.square_sum * decay + new[0])
-        update_buffer(self, "count", self.count * decay + new[1])
-
-    def variance(self, t: Tensor) -> Tensor:
-        """Variance of each reward at each sample's noise level (K, B); NaN where nothing was ever seen."""
-        return (self.square_sum / self.count)[:, self._bins(t)]
-
-    def _bins(self, t: Tensor) -> Tensor:
-        return (t * NOISE_BINS).long().clamp(0, NOISE_BINS - 1)
+        new = level_moments(rewards, level, valid).to(self.moments.dtype)
+        if not self.training:
+            return new
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            # The objective's one collective. A gather, as a sum with zeros: all backends and torch.compile have that.
+            parts = new.new_zeros(dist.get_world_size(), *new.shape)
+            parts[dist.get_rank()] = new
+            dist.all_reduce(parts)
+            new = merge_moments(parts)
+        update_buffer(self, "moments", remember(self.moments, new))
+        return new
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         # A host that casts its model to bfloat16 must not round away an update of one percent.
         super()._apply(fn, recurse)
-        self.square_sum, self.count = self.square_sum.float(), self.count.float()
+        self.moments = self.moments.float()
         return self
