@@ -102,7 +102,7 @@ def test_validation_and_a_call_that_fails_leave_nothing_alive() -> None:
     for _ in range(3):
         with torch.no_grad():
             model(batch.x_t, batch.t, batch.y)
-        aligner._seen.clear()
+        aligner._checks.seen.clear()
         with pytest.raises(ValueError):
             align(model, aligner, make_batch(8, dims=(13,)))
         counts.append(tensors_alive())

@@ -16,7 +16,7 @@ from reliability import PARTS
 from reliability_calls import PROPERTIES, calls
 
 import vrpo_plugin.functional.advantages
-import vrpo_plugin.modules.aligner
+import vrpo_plugin.modules.checks
 from vrpo_plugin.functional.advantages import GroupMoments, group_moments
 from vrpo_plugin.modules.generation import GenerationReadout
 
@@ -71,7 +71,7 @@ def test_it_finds_one_in_the_aligner(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_it_finds_an_error_that_is_not_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch, "wrong calls")
-    monkeypatch.setattr(vrpo_plugin.modules.aligner, "check_latents", lambda *args, **given: None)
+    monkeypatch.setattr(vrpo_plugin.modules.checks, "check_latents", lambda *args, **given: None)
     (failure,) = calls(tmp_path, 100, seed=0).failures
     assert "case=(Case(" in failure
 

@@ -261,7 +261,7 @@ def test_latents_that_are_no_square() -> None:
     model = TinySiT(input_size=(8, 4))
     batch = make_batch(4, latent_shape=(4, 8, 4), tokens=8)
     aligner = VRPOAligner.from_model(model, (12,), projector_dim=16, critic_width=16).attach(model)
-    assert aligner.token_grid == (4, 2)
+    assert aligner.grids.tokens == (4, 2)
     align(model, aligner, batch).loss.backward()
     assert all(p.grad is not None for p in aligner.parameters())
 
@@ -457,7 +457,7 @@ def test_from_model_reads_the_sizes(model: TinySiT, encoder: Any, caplog: pytest
     _, record = caplog.records  # the first: that the run's length is not known
     assert "'hidden_dim': 32" in record.getMessage() and "blocks (1,)" in record.getMessage()
     assert (aligner.hidden_dim, aligner.depth, aligner.target_dims) == (32, 4, (12,))
-    assert aligner.token_grid == (4, 4)
+    assert aligner.grids.tokens == (4, 4)
     assert aligner.critic is not None and aligner.critic.latent_shape == (4, 8, 8)
     align(model, aligner.attach(model), make_batch(4)).loss.backward()
 
@@ -467,9 +467,9 @@ def test_from_model_takes_the_hosts_depth_and_the_callers_word(model: TinySiT) -
     assert VRPOAligner.from_model(model, (12,), critic_width=16).layers == (3,)
     assert VRPOAligner.from_model(model, (12,), critic_width=16, encoder_depth=2).layers == (2,)
     aligner = VRPOAligner.from_model(model, SimpleNamespace(dims=(12,), grid=(6, 6)), critic_width=16)
-    assert aligner.token_grid == (6, 6)
+    assert aligner.grids.tokens == (6, 6)
     aligner = VRPOAligner.from_model(model, SimpleNamespace(dims=(12,), grid=(6, 6)), token_grid=(2, 2))
-    assert aligner.token_grid == (2, 2)
+    assert aligner.grids.tokens == (2, 2)
 
 
 @pytest.mark.parametrize("missing", ["blocks", "pos_embed", "in_channels", "x_embedder"])

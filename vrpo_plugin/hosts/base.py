@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from vrpo_plugin.modules.inputs import sizes_of_model
+from vrpo_plugin.modules.checks import sizes_of_model
 from vrpo_plugin.patching.fingerprint import SourcePoint
 from vrpo_plugin.patching.handle import Seam
 from vrpo_plugin.patching.source import Insertion

@@ -12,7 +12,7 @@ from vrpo_plugin.functional.interpolant import time_like
 from vrpo_plugin.functional.policy import action_noise, coarse_sides, score_function_gradient
 from vrpo_plugin.functional.rewards import RewardState
 from vrpo_plugin.functional.tensors import promote
-from vrpo_plugin.modules.inputs import described
+from vrpo_plugin.modules.checks import described
 
 SMALLEST_ACTION_TIME = 0.05
 

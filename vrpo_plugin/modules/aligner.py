@@ -12,42 +12,36 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vrpo_plugin.config import VRPOConfig, check_keys
-from vrpo_plugin.errors import ConfigError, HostNotFoundError, PatchConflictError, ShapeError, explain
-from vrpo_plugin.functional.alignment import cosine_alignment, spatial_normalize
+from vrpo_plugin.errors import ConfigError, HostNotFoundError, PatchConflictError, explain
 from vrpo_plugin.functional.interpolant import clean_estimate
 from vrpo_plugin.functional.rewards import RewardState
-from vrpo_plugin.functional.tensors import (
-    finite_or_zero,
-    finite_samples,
-    grid_like,
-    masked_mean,
-    promote,
-    resample_tokens,
-    zero_unless,
-)
+from vrpo_plugin.functional.schedules import schedule_left
+from vrpo_plugin.functional.tensors import finite_or_zero, promote
 from vrpo_plugin.modules.actions import Reward
-from vrpo_plugin.modules.critic import CriticPurpose, LatentCritic, check_purpose, load_critic_weights
-from vrpo_plugin.modules.generation import GenerationReadout
-from vrpo_plugin.modules.inputs import (
-    check_hidden,
-    check_latents,
-    check_projected,
+from vrpo_plugin.modules.checks import (
+    CallChecks,
+    Given,
     check_sizes,
-    check_targets,
-    check_times,
-    holds,
     sizes_of_encoder,
     sizes_of_model,
     warn_without_gradient,
 )
+from vrpo_plugin.modules.critic import CriticPurpose, LatentCritic, check_purpose, load_critic_weights
+from vrpo_plugin.modules.features import FeaturesOutput, TokenGrids, align_features
+from vrpo_plugin.modules.generation import GenerationReadout
 from vrpo_plugin.modules.projector import build_projector
-from vrpo_plugin.modules.standstill import RewardsEnd, UpdateWatch, wrapped_too_early
+from vrpo_plugin.modules.standstill import (
+    RewardsEnd,
+    UpdateWatch,
+    say_what_is_over,
+    say_what_settings_do,
+    wrapped_too_early,
+)
 from vrpo_plugin.modules.statistics import update_buffer
 from vrpo_plugin.modules.taps import Taps, resolve_layers
 
 logger = logging.getLogger("vrpo_plugin")
 CRITIC_COEFF = 0.1  # only the critic learns by it, and Adam minds no factor; small, for a host's clipping of all norms
-LARGE_SCALED_COEFF = 0.3  # of scaled advantages: more than twice the default's tenth
 
 
 @dataclass(frozen=True)
@@ -153,44 +147,26 @@ class VRPOAligner(nn.Module):
                 do = "Name built-in rewards in config=VRPOConfig(rewards=...)."
                 raise ConfigError(explain(name, expected="a mapping from name to callable", got=repr(given), do=do))
         self.depth = depth
-        self.own_projectors, self.prefix_tokens = own_projectors, prefix_tokens
+        self.own_projectors = own_projectors
         self.layers = resolve_layers(self.config.layers, depth, encoder_depth=encoder_depth)
-        self.sides = None if latent_shape is None else (latent_shape[1], latent_shape[2])
-        self._encoder_sides = self.sides if token_grid is None else (token_grid[0], token_grid[1])
-        if token_grid is None and self.sides is not None:
-            token_grid = (max(1, self.sides[0] // 2), max(1, self.sides[1] // 2))
-        self.token_grid = None if token_grid is None else (token_grid[0], token_grid[1])
+        self.grids = TokenGrids.of(latent_shape, token_grid, prefix_tokens)
         self.taps = Taps(self.layers)
-        self._seen: set[Any] = set()  # kinds of input that were checked
         self._watch = UpdateWatch()
         self._end = RewardsEnd()
         with torch.random.fork_rng(devices=[]):
             self.projectors = self._build_projectors()
             purpose = replace(critic_purpose or CriticPurpose(), target_norm=self.config.target_norm)
             self.generation = self._build_generation(latent_shape, purpose, rewards or {}, black_box_rewards or {})
+        self._checks = CallChecks(
+            self.target_dims,
+            self.layers,
+            hidden_dim,
+            projects_itself=self.config.features == "policy" and not own_projectors,
+            generates=self.generation is not None,
+        )
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        if (
-            self.generation is not None
-            and self.config.scale != "none"
-            and self.config.reward_coeff > LARGE_SCALED_COEFF
-        ):
-            logger.warning(
-                "scale=%s divides advantages by their deviation, about 0.1 in our runs, so reward_coeff=%g acts like "
-                "%g without a scale. A tenth of the weight is alike: %g for the default.",
-                self.config.scale,
-                self.config.reward_coeff,
-                10 * self.config.reward_coeff,
-                VRPOConfig.reward_coeff / 10,
-            )
-        if (
-            self.generation is not None
-            and self.config.reward_release == "linear"
-            and not self.config.reward_release_steps
-        ):
-            logger.warning(
-                "the length of the run is not known, so the rewards keep their weight. Runs that let go of them ended "
-                "lower: set reward_release_steps to the run's steps (in a host VRPO_REWARD_RELEASE_STEPS)."
-            )
+        if self.generation is not None:
+            say_what_settings_do(self.config)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -199,15 +175,15 @@ class VRPOAligner(nn.Module):
     def _build_projectors(self) -> nn.ModuleList:
         if self.config.features != "policy" or not self.own_projectors:
             return nn.ModuleList()
-        if self.config.projector == "conv" and self.prefix_tokens:
-            _refuse("projector", f"'mlp' with {self.prefix_tokens} tokens before the grid", self.config.projector)
+        if self.config.projector == "conv" and self.grids.prefix:
+            _refuse("projector", f"'mlp' with {self.grids.prefix} tokens before the grid", self.config.projector)
         return nn.ModuleList(
             build_projector(
                 self.config.projector,
                 self.hidden_dim,
                 dim,
                 projector_dim=self.config.projector_dim,
-                sides=self.sides or self._encoder_sides,
+                sides=self.grids.latent or self.grids.encoder,
             )
             for _ in self.layers
             for dim in self.target_dims
@@ -226,11 +202,11 @@ class VRPOAligner(nn.Module):
             _refuse("rewards", "at least one, or reward_coeff=0", ())
         critic = None
         if {"semantic", "perceptual"} & set(self.config.rewards):
-            if latent_shape is None or self.token_grid is None:
+            if latent_shape is None or self.grids.tokens is None:
                 _refuse("latent_shape", "(C, H, W), for the critic", latent_shape)
             channels, height, side = latent_shape
             critic = LatentCritic(
-                (channels, height, side), self.target_dims, self.token_grid, width=self.config.critic_width
+                (channels, height, side), self.target_dims, self.grids.tokens, width=self.config.critic_width
             )
             if self.config.critic_checkpoint is not None:
                 path = Path(self.config.critic_checkpoint)
@@ -360,89 +336,111 @@ class VRPOAligner(nn.Module):
             ConfigError: a black-box reward without ``generator``; times outside [0, 1], on the first call; a call that
                 DDP cannot see under ``find_unused_parameters=True``.
         """
-        targets, tokens = _tuple(z), self._hidden_tokens(hidden)
-        projected = _tuple(z_tilde) if self.config.features == "policy" and not self.own_projectors else ()
-        estimate = velocity if x0_hat is None else x0_hat
+        given = self._given(z, hidden, z_tilde, x0=x0, x_t=x_t, t=t, estimate=velocity if x0_hat is None else x0_hat)
+        self._check(given, step)
+        targets, batch = given.targets, len(given.targets[0])
+        if self.config.target_norm == "spatial":
+            targets = tuple(self.grids.normalised(target) for target in targets)
+        zero = torch.zeros((), device=targets[0].device)
+
+        features = FeaturesOutput(zero, {}, {})
+        if given.tokens or given.projected:
+            features = align_features(self.projectors, given.tokens, given.projected, targets, self.grids)
+        release = self._left("release", step)
+        policy_loss = self.config.proj_coeff * release * features.loss
+        reward_release = self._left("reward_release", step, floor=self.config.reward_floor)
+        if self.generation is None:
+            return VRPOOutput(
+                loss=policy_loss,
+                policy_loss=policy_loss,
+                features_loss=features.loss,
+                release=release,
+                generation_loss=zero,
+                reward_release=reward_release,
+                critic_loss=zero,
+                rewards=features.rewards,
+                weights={},
+                advantages=zero.new_zeros(batch),
+                metrics=features.metrics,
+            )
+
+        if self.training and self._has_ended(reward_release):
+            generated = self.generation.idle(batch)
+        else:
+            generated = self.generation(self._state(given, targets, velocity, x0_hat, y, step), generator)
+        if self.config.fallback:
+            reward_release = reward_release * self.generation.watch.share
+        weight = self.config.reward_coeff * reward_release
+        policy_loss = policy_loss + weight * generated.loss
+        metrics = features.metrics | generated.metrics | {"vrpo/reward_share": zero + reward_release}
+        if "vrpo/gradient_ratio" in metrics:
+            metrics["vrpo/gradient_ratio"] = weight * metrics["vrpo/gradient_ratio"]
+        return VRPOOutput(
+            loss=policy_loss + CRITIC_COEFF * generated.critic_loss,
+            policy_loss=policy_loss,
+            features_loss=features.loss,
+            release=release,
+            generation_loss=generated.loss,
+            reward_release=reward_release,
+            critic_loss=generated.critic_loss,
+            rewards=features.rewards | generated.rewards,
+            weights=generated.weights,
+            advantages=generated.advantages,
+            metrics=metrics,
+        )
+
+    def _given(self, z: Any, hidden: Any, z_tilde: Any, **latents: Tensor | None) -> Given:
+        tokens: tuple[Tensor, ...] = ()
+        if len(self.projectors):
+            tokens = self.taps.take() if hidden is None else _tuple(hidden)
+        projects_itself = self.config.features == "policy" and not self.own_projectors
+        return Given(_tuple(z), tokens, _tuple(z_tilde) if projects_itself else (), **latents)
+
+    def _check(self, given: Given, step: int | None) -> None:
+        """Checks a first call of its kind, says what makes a run stand still, and counts."""
         compiling = torch.compiler.is_compiling()
-        # While compiling, the checks leave no code behind, and a changed attribute would compile it all again.
-        kind = None if compiling else _kind_of(*targets, *tokens, *projected, x0, x_t, t, estimate)
-        if compiling or kind not in self._seen:
-            batch = check_targets(targets, self.target_dims)
-            if tokens:
-                dtype = next(self.projectors.parameters()).dtype
-                check_hidden(tokens, batch, self.layers, self.hidden_dim, dtype)
-            if self.config.features == "policy" and not self.own_projectors:
-                check_projected(projected, batch, self.target_dims)
-            if self.generation is not None:
-                check_latents(batch, x0=x0, x_t=x_t, t=t, estimate=estimate)
-                assert t is not None
-                if (t.dtype, t.device) not in self._seen:  # values are read once, not for every batch size
-                    check_times(t)
+        if self._checks.is_new(given):
+            self._checks.check(given, next(self.projectors.parameters()).dtype if given.tokens else None)
             if not compiling:
-                self._first_call(step, estimate, [*tokens, *projected])
-                self._seen |= {kind} if t is None else {kind, (t.dtype, t.device)}
+                self._say_standstill(given, step)
+                self._checks.remember(given)
         if self.training and not compiling:
             self._watch.look(self)
             self.taps.wrapper.leave()
         if self.training:
             update_buffer(self, "step", self.step + 1)
-        if self.config.target_norm == "spatial":
-            # Over the grid alone: a class token is no place in the image.
-            prefix = self.prefix_tokens
-            targets = tuple(torch.cat([z[:, :prefix], spatial_normalize(z[:, prefix:])], 1) for z in targets)
-        zero = torch.zeros((), device=targets[0].device)
-        features_loss, metrics, rewards = zero, {}, {}
-        if tokens or projected:
-            reward, sound = self._features_reward(tokens, projected, targets)
-            features_loss = -masked_mean(reward, sound)
-            rewards["semantic_features"] = torch.where(sound, reward.detach(), torch.nan)
-            metrics["vrpo/align_cos"] = -features_loss.detach()
-            metrics["vrpo/nonfinite"] = (~sound).sum().float()
-        release = self._left(self.config.release, self.config.release_steps, step)
-        policy_loss = self.config.proj_coeff * release * features_loss
-        loss, reward_release, generated = policy_loss, self._reward_release(step), None
-        if self.generation is not None:
-            if self.training and self._has_ended(reward_release):
-                generated = self.generation.idle(len(targets[0]))
-            else:
-                assert x0 is not None and x_t is not None and t is not None  # the first call has checked
-                x0_hat = self._estimate(x_t, t, velocity, x0_hat)
-                on_grid = tuple(self._resample(target[:, self.prefix_tokens :], self.token_grid) for target in targets)
-                generated = self.generation(RewardState(x0_hat, x0, x_t, t, on_grid, y, step), generator)
-            if self.config.fallback:
-                reward_release = reward_release * self.generation.watch.share
-            weight = self.config.reward_coeff * reward_release
-            policy_loss = policy_loss + weight * generated.loss
-            loss = policy_loss + CRITIC_COEFF * generated.critic_loss
-            metrics |= generated.metrics | {"vrpo/reward_share": zero + reward_release}
-            if "vrpo/gradient_ratio" in metrics:
-                metrics["vrpo/gradient_ratio"] = weight * metrics["vrpo/gradient_ratio"]
-        return VRPOOutput(
-            loss=loss,
-            policy_loss=policy_loss,
-            features_loss=features_loss,
-            release=release,
-            generation_loss=generated.loss if generated else zero,
-            reward_release=reward_release,
-            critic_loss=generated.critic_loss if generated else zero,
-            rewards=rewards | (generated.rewards if generated else {}),
-            weights=generated.weights if generated else {},
-            advantages=generated.advantages if generated else zero.new_zeros(len(targets[0])),
-            metrics=metrics,
-        )
 
-    def _estimate(self, x_t: Tensor, t: Tensor, velocity: Tensor | None, x0_hat: Tensor | None) -> Tensor:
-        if x0_hat is not None:
-            return x0_hat
-        assert velocity is not None
-        # The velocity's gradient has the time as its factor: NaN, though the sample is left out.
-        return clean_estimate(promote(x_t), promote(velocity), finite_or_zero(t), self.config.path_type)
+    def _say_standstill(self, given: Given, step: int | None) -> None:
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        tokens = [*given.tokens, *given.projected]
+        if self.generation is not None and (self._watch.attached or any(h.requires_grad for h in tokens)):
+            warn_without_gradient(given.estimate)
+        if not self._checks.seen:
+            parts = ["release"] * bool(tokens) + ["reward_release"] * (self.generation is not None)
+            say_what_is_over(self.config, parts, self.step if step is None else step, restored=step is None)
 
-    def _reward_release(self, step: int | None) -> Tensor | float:
-        """What the schedule of the rewards has left, without a collapse."""
-        left = self._left(self.config.reward_release, self.config.reward_release_steps, step)
-        floor = self.config.reward_floor
-        return floor + (1 - floor) * left if floor else left
+    def _state(
+        self,
+        given: Given,
+        targets: tuple[Tensor, ...],
+        velocity: Tensor | None,
+        x0_hat: Tensor | None,
+        y: Tensor | None,
+        step: int | None,
+    ) -> RewardState:
+        x0, x_t, t = given.x0, given.x_t, given.t
+        assert x0 is not None and x_t is not None and t is not None  # the first call has checked
+        if x0_hat is None:
+            assert velocity is not None
+            # The velocity's gradient has the time as its factor: NaN, though the sample is left out.
+            x0_hat = clean_estimate(promote(x_t), promote(velocity), finite_or_zero(t), self.config.path_type)
+        return RewardState(x0_hat, x0, x_t, t, tuple(self.grids.on_grid(target) for target in targets), y, step)
+
+    def _left(self, part: str, step: int | None, *, floor: float = 0.0) -> Tensor | float:
+        """Share that a part's schedule has left; a tensor where the aligner counts itself."""
+        schedule, steps = getattr(self.config, part), getattr(self.config, f"{part}_steps")
+        return schedule_left(schedule, steps, self.step - 1 if step is None else step, floor=floor)
 
     def _has_ended(self, reward_release: Tensor | float) -> bool:
         """Whether the weight is known to be 0 for good: at once by the loop's own step, else a little later."""
@@ -452,92 +450,9 @@ class VRPOAligner(nn.Module):
             self._end.look(reward_release, reason, say=self.says_collapse)
         return self._end.reached or (not isinstance(reward_release, Tensor) and reward_release == 0)
 
-    def _first_call(self, step: int | None, estimate: Tensor | None, tokens: Sequence[Tensor]) -> None:
-        """Says what makes a run stand still, as far as its first call can tell."""
-        if not (self.training and torch.is_grad_enabled()):
-            return
-        if self.generation is not None and (self._watch.attached or any(h.requires_grad for h in tokens)):
-            warn_without_gradient(estimate)
-        if self._seen:
-            return
-        for name, works in {"release": len(tokens) > 0, "reward_release": self.generation is not None}.items():
-            schedule, steps = getattr(self.config, name), getattr(self.config, f"{name}_steps")
-            if works and schedule != "none" and steps and _is_over(self.step if step is None else step, steps):
-                begun = "the step that a checkpoint has restored" if step is None else f"step {step}"
-                logger.warning(
-                    "%s_steps=%d is over before the first call, at %s: that part of the objective has no weight. To "
-                    "train with it from here on, add this step to %s_steps.",
-                    name, steps, begun, name,
-                )  # fmt: skip
-
-    def _hidden_tokens(self, hidden: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, ...]:
-        if not len(self.projectors):
-            return ()
-        if hidden is None:
-            return self.taps.take()
-        return _tuple(hidden)
-
-    def _features_reward(
-        self, tokens: tuple[Tensor, ...], projected: tuple[Tensor, ...], targets: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor]:
-        """Mean cosine (B,) over taps and encoders (equation 3), and which samples (B,) are finite."""
-        sound = finite_samples(*tokens, *projected, *targets)
-        targets = tuple(zero_unless(sound, target) for target in targets)
-        aligned = [(zero_unless(sound, z_tilde), z) for z_tilde, z in zip(projected, targets, strict=False)]
-        for i, hidden in enumerate(tokens):
-            clean = zero_unless(sound, hidden)
-            aligned += [(self.projectors[i * len(targets) + j](clean), z) for j, z in enumerate(targets)]
-        rewards = [cosine_alignment(z_tilde, self._like(z, z_tilde)) for z_tilde, z in aligned]
-        return torch.stack(rewards).mean(0), sound
-
-    def _like(self, z: Tensor, z_tilde: Tensor) -> Tensor:
-        """The encoder's tokens (B, N, D) on the transformer's grid."""
-        prefix, tokens = self.prefix_tokens, z_tilde.shape[1] - self.prefix_tokens
-        if z.shape[1] == z_tilde.shape[1] and not self._squashes(tokens):
-            return z
-        grid = grid_like(tokens, self.sides or self._encoder_sides)
-        return torch.cat([z[:, :prefix], self._resample(z[:, prefix:], grid)], 1)
-
-    def _squashes(self, tokens: int) -> bool:
-        """An encoder that saw an oblong image as a square has as many tokens, in other places."""
-        if self.sides is None or self.sides == self._encoder_sides:
-            return False
-        try:
-            return grid_like(tokens, self.sides) != grid_like(tokens, self._encoder_sides)
-        except ShapeError:  # no grid of these latents: nothing says that the two differ
-            return False
-
-    def _resample(self, z: Tensor, grid: tuple[int, int] | None) -> Tensor:
-        """The encoder's tokens (B, N, D) on a grid; as they are where that is not known."""
-        if grid is None:
-            return z
-        own = self.token_grid
-        if own is None or z.shape[1] != own[0] * own[1]:
-            own = grid_like(z.shape[1], self._encoder_sides)
-        return resample_tokens(z, own, grid)
-
-    def _left(self, schedule: str, steps: int, step: int | None) -> Tensor | float:
-        """Share that a schedule has left (equation 17); a tensor where the aligner counts itself."""
-        if schedule == "none" or steps == 0:
-            return 1.0
-        done = (self.step - 1 if step is None else step) / steps
-        if isinstance(done, Tensor):
-            return torch.clamp(1 - done, 0, 1) if schedule == "linear" else (done < 1).float()
-        return min(max(1 - done, 0.0), 1.0) if schedule == "linear" else float(done < 1)
-
 
 def _tuple(tensors: Any) -> tuple[Tensor, ...]:
     return tuple(tensors) if isinstance(tensors, (list, tuple)) else () if tensors is None else (tensors,)
-
-
-def _kind_of(*tensors: Tensor | None) -> tuple[Any, ...]:
-    return tuple((x.shape, x.dtype, x.requires_grad) if isinstance(x, Tensor) else type(x) for x in tensors)
-
-
-def _is_over(done: Tensor | int, steps: int) -> bool:
-    if isinstance(done, Tensor):
-        return not done.is_meta and holds(done >= steps)
-    return done >= steps
 
 
 def _refuse(name: str, expected: str, got: object) -> NoReturn:

@@ -11,7 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from vrpo_plugin.config import VRPOConfig
 from vrpo_plugin.errors import ConfigError, PatchConflictError, explain
+from vrpo_plugin.modules.checks import holds
 from vrpo_plugin.modules.collapse import describe_collapse
 
 logger = logging.getLogger("vrpo_plugin")
@@ -19,6 +21,7 @@ logger = logging.getLogger("vrpo_plugin")
 ZERO_STEPS = 100  # in a row, before they are said to be a standstill
 ZERO_LOOK = 50  # steps between looks at that count
 END_LOOK = 50  # calls between looks at the rewards' weight
+LARGE_SCALED_COEFF = 0.3  # of scaled advantages: more than twice the default's tenth
 FIRST_LOOK = 16  # calls; then at twice as many, until the model itself has been updated
 
 
@@ -144,6 +147,48 @@ class RewardsEnd:
             self.reached = bool(found) or left == 0
             if found and say and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
                 logger.warning("vrpo_plugin: %s", describe_collapse(found))
+
+
+def say_what_settings_do(config: VRPOConfig) -> None:
+    """Warns of a weight that means something else than its number says, and of rewards that nobody lets go of."""
+    if config.scale != "none" and config.reward_coeff > LARGE_SCALED_COEFF:
+        logger.warning(
+            "scale=%s divides advantages by their deviation, about 0.1 in our runs, so reward_coeff=%g acts like "
+            "%g without a scale. A tenth of the weight is alike: %g for the default.",
+            config.scale,
+            config.reward_coeff,
+            10 * config.reward_coeff,
+            VRPOConfig.reward_coeff / 10,
+        )
+    if config.reward_release == "linear" and not config.reward_release_steps:
+        logger.warning(
+            "the length of the run is not known, so the rewards keep their weight. Runs that let go of them ended "
+            "lower: set reward_release_steps to the run's steps (in a host VRPO_REWARD_RELEASE_STEPS)."
+        )
+
+
+def say_what_is_over(config: VRPOConfig, parts: Iterable[str], begun: Tensor | int, *, restored: bool) -> None:
+    """Warns of a part of the objective whose schedule is over before the first call.
+
+    Args:
+        config: the objective.
+        parts: ``release``, ``reward_release`` or both.
+        begun: the first step.
+        restored: a checkpoint says so.
+    """
+    for name in parts:
+        schedule, steps = getattr(config, name), getattr(config, f"{name}_steps")
+        if schedule == "none" or not steps:
+            continue
+        if (not begun.is_meta and holds(begun >= steps)) if isinstance(begun, Tensor) else begun >= steps:
+            logger.warning(
+                "%s_steps=%d is over before the first call, at %s: that part of the objective has no weight. To "
+                "train with it from here on, add this step to %s_steps.",
+                name,
+                steps,
+                "the step that a checkpoint has restored" if restored else f"step {begun}",
+                name,
+            )
 
 
 class WrapperCheck:

@@ -1,8 +1,9 @@
-"""What the aligner is given: sizes read off a model and an encoder, and the one check of a batch's shapes."""
+"""What the aligner is given: sizes read off a model and an encoder, and the check of what a batch holds."""
 
 import logging
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, NoReturn, TypeGuard
 
@@ -74,6 +75,80 @@ def check_sizes(
     if not (prefix_tokens == 0 or _are_sizes((prefix_tokens,))):
         _refuse("prefix_tokens", "a whole number >= 0", prefix_tokens)
     return dims
+
+
+@dataclass(frozen=True)
+class Given:
+    """What one call of the aligner is given."""
+
+    targets: tuple[Tensor, ...]
+    tokens: tuple[Tensor, ...]
+    projected: tuple[Tensor, ...]
+    x0: Tensor | None
+    x_t: Tensor | None
+    t: Tensor | None
+    estimate: Tensor | None
+
+    def kind(self) -> tuple[Any, ...]:
+        """What checks depend on, but for values."""
+        tensors = (*self.targets, *self.tokens, *self.projected, self.x0, self.x_t, self.t, self.estimate)
+        return tuple((x.shape, x.dtype, x.requires_grad) if isinstance(x, Tensor) else type(x) for x in tensors)
+
+
+class CallChecks:
+    """Checks the first call with each kind of tensors; later ones cost a look-up. A copy begins afresh.
+
+    Args:
+        target_dims: D of each encoder.
+        layers: tapped blocks.
+        hidden_dim: width of their tokens.
+        projects_itself: the host does, and hands over projected tokens.
+        generates: there is a generation readout, which needs latents and times.
+    """
+
+    def __init__(
+        self,
+        target_dims: tuple[int, ...],
+        layers: tuple[int, ...],
+        hidden_dim: int,
+        *,
+        projects_itself: bool,
+        generates: bool,
+    ) -> None:
+        self.target_dims, self.layers, self.hidden_dim = target_dims, layers, hidden_dim
+        self.projects_itself, self.generates = projects_itself, generates
+        self.seen: set[Any] = set()
+
+    def is_new(self, given: Given) -> bool:
+        """Whether this kind was not checked. While compiling always: the checks then leave no code behind."""
+        return torch.compiler.is_compiling() or given.kind() not in self.seen
+
+    def check(self, given: Given, dtype: torch.dtype | None) -> None:
+        """Checks shapes, and of the first times their values.
+
+        Args:
+            given: of the call.
+            dtype: of the projectors, where there are any.
+
+        Raises:
+            ShapeError: they do not fit together.
+            ConfigError: times outside [0, 1].
+        """
+        batch = check_targets(given.targets, self.target_dims)
+        if given.tokens:
+            assert dtype is not None
+            check_hidden(given.tokens, batch, self.layers, self.hidden_dim, dtype)
+        if self.projects_itself:
+            check_projected(given.projected, batch, self.target_dims)
+        if self.generates:
+            check_latents(batch, x0=given.x0, x_t=given.x_t, t=given.t, estimate=given.estimate)
+            assert given.t is not None
+            if (given.t.dtype, given.t.device) not in self.seen:  # values are read once, not for every batch size
+                check_times(given.t)
+
+    def remember(self, given: Given) -> None:
+        """Takes this kind as checked. Not while compiling: a changed attribute would compile it all again."""
+        self.seen |= {given.kind()} if given.t is None else {given.kind(), (given.t.dtype, given.t.device)}
 
 
 def check_targets(z: tuple[Tensor, ...], target_dims: tuple[int, ...]) -> int:
