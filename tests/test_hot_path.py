@@ -287,11 +287,11 @@ class Step(nn.Module):
     ("setting", "backend"),
     [
         ("default", "aot_eager"),
-        ("batch scale", "eager"),
+        ("group scale", "eager"),
         ("own reward", "eager"),
         ("linear release", "aot_eager"),
         ("reward release", "aot_eager"),
-        ("quick variances", "aot_eager"),
+        ("equal weights", "aot_eager"),
         ("features alone, released", "aot_eager"),
     ],
 )
