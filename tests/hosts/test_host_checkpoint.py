@@ -177,7 +177,6 @@ def test_a_run_from_before_the_plugin_goes_on_with_it(
         "the checkpoint holds no aligner (it was saved without vrpo_plugin)",
         "vrpo_plugin compat fresh_optimizer",
         "vrpo_plugin compat one_process",
-        "vrpo_plugin compat resume",
     ]
     assert NO_ALIGNER in messages(caplog)
     assert_same(of_host(start.model), model)

@@ -24,7 +24,7 @@ from vrpo_plugin.modules.critic import LatentCritic, save_critic
 
 HOSTS = tuple(SCRIPTS)
 OTHERS = ("sit", "dit", "lightningdit")
-ROUND = r"expected the patched loss to call the patched model, got a training step that went round the patch\. Run"
+ROUND = r"expected the patched loss to call the patched model, got a training step that bypassed the patch\. Run"
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def inputs_of(host: FakeHost, align_only: bool = False) -> tuple[tuple[Any, ...]
 def loss_of(host: FakeHost, model: Any) -> Any:
     """The host's loss of one batch, from one seed."""
     torch.manual_seed(1)
-    if host.spec.needs_encoder:
+    if host.spec.encoder == "pixels":
         host.module("diffusers.models").AutoencoderKL().encode(torch.randn(4, 3, 64, 64).clamp(-1, 1))
     x, y, z = torch.randn(4, 4, 8, 8), {"y": torch.arange(4)}, [torch.randn(4, 17 if host.name == "reg" else 16, 12)]
     if host.name == "dit":
@@ -163,9 +163,7 @@ def test_pixels_that_were_not_seen(host: FakeHost, tmp_path: Path, monkeypatch: 
         monkeypatch.undo()
 
 
-ROUND = (
-    r"expected the patched loss to call the patched model, got a training step that went round the patch\. Run 'vrpo"
-)
+ROUND = r"expected the patched loss to call the patched model, got a training step that bypassed the patch\. Run 'vrpo"
 
 
 @on("repa")
@@ -194,7 +192,7 @@ def test_a_training_step_without_the_patched_loss(host: FakeHost, tmp_path: Path
         model, (args, kwargs) = model_of(host), inputs_of(host)
         with pytest.raises(HostChangedError, match=rf"{host.name}: {host.spec.model.name}: {ROUND}"):
             model(*args, **kwargs)
-        assert handle.fired[host.spec.counted[0]] == 1
+        assert handle.fired[host.spec.must_run[0]] == 1
 
 
 @on(*HOSTS)

@@ -11,7 +11,7 @@ from fakes.gloo import on_two_processes
 from fakes.tiny_sit import TinySiT, align, gradients, make_batch, tiny_aligner
 
 from vrpo_plugin.functional.rewards import RewardState
-from vrpo_plugin.hosts.session import Tracker
+from vrpo_plugin.hosts.metrics import Tracker
 from vrpo_plugin.modules.collapse import SIGNALS, WARM_UP, CollapseWatch, describe_collapse
 
 HEALTHY = {"agreement": 0.8, "live": 1.0, "fidelity": -0.1, "reward": 0.5}
