@@ -82,18 +82,17 @@ def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _check(root: Path, host: str | None, allow_unverified: bool) -> int:
-    from vrpo_plugin.hosts.report import describe_host, describe_result, say
+    from vrpo_plugin.hosts.report import describe_host, describe_result, say, why_not
     from vrpo_plugin.hosts.tree import hosts_in
 
     allow_unverified = allow_unverified or _unverified_by_environment()
-    places = hosts_in(root, host)
-    found = [
-        describe_result(one.spec, one.folder, root, allow_unverified=allow_unverified, host=host) for one in places
-    ]
-    say(line for _, lines in found for line in lines)
-    for place in places:
-        say(describe_host(place.spec, place.folder))
-    return 0 if all(applies for applies, _ in found) else 1
+    found = [(one.spec, one.folder) for one in hosts_in(root, host)]
+    refusals = [why_not(spec, folder, allow_unverified=allow_unverified) for spec, folder in found]
+    for (spec, folder), refusal in zip(found, refusals, strict=True):
+        say(describe_result(spec, folder, root, refusal, host))
+    for spec, folder in found:
+        say(describe_host(spec, folder))
+    return 1 if any(refusals) else 0
 
 
 def _add_patch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

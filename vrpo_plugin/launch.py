@@ -20,7 +20,7 @@ from vrpo_plugin.hosts.known import find_spec, host_of_script
 from vrpo_plugin.hosts.metrics import is_main_process
 from vrpo_plugin.hosts.options import FLAGS, KEYS, HostOptions, parse_value, resolve_settings
 from vrpo_plugin.hosts.pixels import read_critic_targets
-from vrpo_plugin.hosts.report import describe_host, describe_result, describe_settings, say
+from vrpo_plugin.hosts.report import describe_host, describe_result, describe_settings, say, why_not
 from vrpo_plugin.hosts.wrap import patch_bypassed
 from vrpo_plugin.patching.handle import PatchHandle
 
@@ -109,8 +109,7 @@ def prepare(command: Command) -> tuple[HostSpec, PatchHandle] | None:
         The host and the handle, or None after a dry run.
 
     Raises:
-        VRPOError: the script, its host or the settings are not right.
-        SystemExit: after a dry run that found so.
+        VRPOError: the script, its host or the settings are not right; after a dry run too.
     """
     if not os.path.isfile(command.script):
         raise HostNotFoundError(
@@ -121,11 +120,12 @@ def prepare(command: Command) -> tuple[HostSpec, PatchHandle] | None:
     folder = command.script.resolve().parent
     spec = find_spec(host, folder) if host else host_of_script(command.script)
     if command.dry_run:
-        applies, lines = _dry_run(spec, folder, config, options, host)
+        refusal = _refusal(spec, folder, config, options)
         if is_main_process():
-            say(lines)
-        if not applies:
-            sys.exit(1)
+            say(describe_result(spec, folder, folder, refusal, host))
+            say([*describe_host(spec, folder), *describe_settings(config, options)])
+        if refusal is not None:
+            raise refusal
         return None
     sys.argv = [str(command.script), *command.arguments]
     # As for 'python train.py': the script's folder, and not the current one, which '-m' puts there.
@@ -140,18 +140,15 @@ def prepare(command: Command) -> tuple[HostSpec, PatchHandle] | None:
     return spec, handle
 
 
-def _dry_run(
-    spec: HostSpec, folder: Path, config: VRPOConfig, options: HostOptions, host: str | None
-) -> tuple[bool, list[str]]:
-    """Whether applying would be refused, and the lines that say so; imports nothing of the host."""
-    applies, lines = describe_result(spec, folder, folder, allow_unverified=options.allow_unverified, host=host)
+def _refusal(spec: HostSpec, folder: Path, config: VRPOConfig, options: HostOptions) -> VRPOError | None:
+    """What applying would raise; imports nothing of the host."""
     try:
         check_settings(spec, config, options)
         if spec.encoder == "critic" and not changes_nothing(spec, config):
             read_critic_targets(config, spec.name)
     except VRPOError as error:
-        applies, lines = False, [f"result      {spec.name}: cannot be applied: {error}"]
-    return applies, [*lines, *describe_host(spec, folder), *describe_settings(config, options)]
+        return error
+    return why_not(spec, folder, allow_unverified=options.allow_unverified)
 
 
 def check_fired(spec: HostSpec, handle: PatchHandle) -> None:

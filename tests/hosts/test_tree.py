@@ -485,6 +485,32 @@ def test_unpatch_does_not_guess(root: Path) -> None:
     assert contents(root) == before
 
 
+# A host of one's own
+
+
+@only("sit")
+def test_a_host_of_ones_own_is_patched_by_its_own_line(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "my_host.py").write_text(
+        "from dataclasses import replace\n"
+        "from vrpo_plugin.hosts.base import apply_line\n"
+        "from vrpo_plugin.hosts.known import HOSTS\n"
+        "from vrpo_plugin.patching.source import Insertion\n"
+        "LINE = apply_line('my_host:SPEC')\n"
+        "INSERTION = Insertion('train.py', 'import wandb_utils', LINE)\n"
+        "SPEC = replace(HOSTS['sit'], name='mine', insertions=(INSERTION,))\n"
+    )
+    before, name = contents(root), f"{tmp_path}/my_host.py:SPEC"
+    assert [place.spec.name for place in hosts_in(root, name)] == ["mine"]
+    assert [state.changed for state in patch_tree(root, host=name)] == [True]
+    line = "import vrpo_plugin; vrpo_plugin.apply_vrpo('my_host:SPEC')  # vrpo-plugin"
+    assert line in (root / "train.py").read_text().splitlines()
+    assert [state.changed for state in unpatch_tree(root, host=name)] == [True]
+    assert contents(root) == before
+    (root / "transport/transport.py").unlink()
+    with pytest.raises(HostNotFoundError, match=r"willisma/SiT \(.*my_host\.py:SPEC\), got no transport/transport\.py"):
+        patch_tree(root, host=name)
+
+
 # Real checkouts
 
 

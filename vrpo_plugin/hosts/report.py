@@ -58,26 +58,30 @@ def describe_host(spec: HostSpec, folder: Path) -> Iterator[str]:
         yield f"breaks      {note.file}: {note.when}. {note.do} ({note.issue})"
 
 
+def why_not(spec: HostSpec, folder: Path, *, allow_unverified: bool) -> VRPOError | None:
+    """What applying to this folder would raise; None where its definitions and libraries are accepted."""
+    try:
+        verify_points(folder, spec.points, allow_unverified=allow_unverified)
+        verify_libraries([*libraries_of(spec, spec.shims)])
+    except VRPOError as error:
+        return error
+    return None
+
+
 def describe_result(
-    spec: HostSpec, folder: Path, root: Path, *, allow_unverified: bool = False, host: str | None = None
-) -> tuple[bool, list[str]]:
+    spec: HostSpec, folder: Path, root: Path, refusal: VRPOError | None, host: str | None = None
+) -> list[str]:
     """Whether VRPO could be applied, and how.
 
     Args:
         spec: the host.
         folder: of its scripts.
         root: of the checkout, as the user wrote it.
-        allow_unverified: as in ``apply_vrpo``.
+        refusal: why not.
         host: as the user named it, for the commands.
-
-    Returns:
-        True where its definitions are accepted, and the lines that say so.
     """
-    try:
-        verify_points(folder, spec.points, allow_unverified=allow_unverified)
-        verify_libraries([*libraries_of(spec, spec.shims)])
-    except VRPOError as error:
-        return False, [f"result      {spec.name}: cannot be applied: {error}"]
+    if refusal is not None:
+        return [f"result      {spec.name}: cannot be applied: {refusal}"]
     states = [read_state(folder, one) for one in spec.insertions]
     name = ["--vrpo-host", host] if host is not None and ":" in host else []
     script = next((str(state.path) for state in states if state.path.is_file()), "YOUR_SCRIPT.py")
@@ -97,7 +101,7 @@ def describe_result(
         lines.append(f"result      is patched: start it as ever; '{undo}' takes the line out")
     else:
         lines.append(f"result      or by one line: '{shlex.join(['vrpo', 'patch', *command])}', then start it as ever")
-    return True, lines
+    return lines
 
 
 def describe_states(states: Sequence[SourceState], done: str) -> Iterator[str]:
