@@ -18,7 +18,7 @@ from vrpo_plugin.hosts.base import HostSpec, Session, Shim
 from vrpo_plugin.hosts.checks import changes_nothing, check_settings
 from vrpo_plugin.hosts.compat import selected
 from vrpo_plugin.hosts.guard import HostGuard, make_fused
-from vrpo_plugin.hosts.known import find_spec, host_of_script
+from vrpo_plugin.hosts.known import HOSTS, find_spec, host_of_script
 from vrpo_plugin.hosts.libraries import libraries_of, verify_libraries
 from vrpo_plugin.hosts.metrics import Tracker
 from vrpo_plugin.hosts.options import CONFIG_KEYS, KEYS, OPTION_KEYS, HostOptions, resolve_settings
@@ -183,41 +183,22 @@ def _root(point: SourcePoint, module: ModuleType) -> Path:
     return Path(str(module.__file__)).resolve().parents[point.file.count("/")]
 
 
-def apply_vrpo_to_repa(config: VRPOConfig | None = None, **settings: Any) -> PatchHandle:
-    """:func:`apply_vrpo` for sihyun-yu/REPA, ``train.py``."""
-    return apply_vrpo("repa", config, **settings)
+def _named(name: str) -> Callable[..., PatchHandle]:
+    """:func:`apply_vrpo` for one host."""
+
+    def apply(config: VRPOConfig | None = None, **settings: Any) -> PatchHandle:
+        return apply_vrpo(name, config, **settings)
+
+    apply.__name__ = apply.__qualname__ = f"apply_vrpo_to_{name}"
+    apply.__doc__ = f":func:`apply_vrpo` for {HOSTS[name].repository}."
+    return apply
 
 
-def apply_vrpo_to_repa_t2i(config: VRPOConfig | None = None, **settings: Any) -> PatchHandle:
-    """:func:`apply_vrpo` for sihyun-yu/REPA, ``train_t2i.py``."""
-    return apply_vrpo("repa_t2i", config, **settings)
-
-
-def apply_vrpo_to_reg(config: VRPOConfig | None = None, **settings: Any) -> PatchHandle:
-    """:func:`apply_vrpo` for Martinser/REG."""
-    return apply_vrpo("reg", config, **settings)
-
-
-def apply_vrpo_to_irepa(config: VRPOConfig | None = None, **settings: Any) -> PatchHandle:
-    """:func:`apply_vrpo` for End2End-Diffusion/iREPA, ``ldm/train.py``."""
-    return apply_vrpo("irepa", config, **settings)
-
-
-def apply_vrpo_to_sit(config: VRPOConfig | None = None, **settings: Any) -> PatchHandle:
-    """:func:`apply_vrpo` for willisma/SiT."""
-    return apply_vrpo("sit", config, **settings)
-
-
-def apply_vrpo_to_dit(config: VRPOConfig | None = None, **settings: Any) -> PatchHandle:
-    """:func:`apply_vrpo` for facebookresearch/DiT."""
-    return apply_vrpo("dit", config, **settings)
-
-
-def apply_vrpo_to_repae(config: VRPOConfig | None = None, **settings: Any) -> PatchHandle:
-    """:func:`apply_vrpo` for End2End-Diffusion/REPA-E."""
-    return apply_vrpo("repae", config, **settings)
-
-
-def apply_vrpo_to_lightningdit(config: VRPOConfig | None = None, **settings: Any) -> PatchHandle:
-    """:func:`apply_vrpo` for hustvl/LightningDiT."""
-    return apply_vrpo("lightningdit", config, **settings)
+apply_vrpo_to_repa = _named("repa")
+apply_vrpo_to_repa_t2i = _named("repa_t2i")
+apply_vrpo_to_reg = _named("reg")
+apply_vrpo_to_irepa = _named("irepa")
+apply_vrpo_to_sit = _named("sit")
+apply_vrpo_to_dit = _named("dit")
+apply_vrpo_to_repae = _named("repae")
+apply_vrpo_to_lightningdit = _named("lightningdit")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from vrpo_plugin.hosts.guard import HostGuard
     from vrpo_plugin.hosts.metrics import Tracker
-    from vrpo_plugin.hosts.pixels import HostTargets
+    from vrpo_plugin.targets import Targets
 
 logger = logging.getLogger("vrpo_plugin")
 
@@ -166,7 +166,7 @@ class Session:
     idle: bool
     guard: HostGuard
     tracker: Tracker
-    targets: HostTargets | None = None
+    targets: Targets | None = None
     shims: tuple[Shim, ...] = ()
     total_calls: int | None = None
     earlier_calls: int = 0

@@ -127,6 +127,18 @@ def candidate(root: Path, spec: HostSpec) -> Candidate:
     return max(found, key=lambda one: one.likeness)
 
 
+def require_folder(root: Path) -> None:
+    """Refuses what is no folder.
+
+    Raises:
+        HostNotFoundError: so it is.
+    """
+    # Not Path's own: it raises where a folder may not be searched or a name is too long.
+    if not os.path.isdir(root):
+        got = "a file" if os.path.exists(root) else "nothing there"
+        raise HostNotFoundError(explain(str(root), expected="a folder", got=got, do="Give a checkout's folder."))
+
+
 def find_candidates(root: Path) -> list[Candidate]:
     """Every host against a folder, the nearest first: the one with most of its definitions there.
 
@@ -134,10 +146,7 @@ def find_candidates(root: Path) -> list[Candidate]:
         HostNotFoundError: the folder does not exist.
         HostChangedError: a file with a definition is no Python source.
     """
-    # Not Path's own: it raises where a folder may not be searched or a name is too long.
-    if not os.path.isdir(root):
-        got = "a file" if os.path.exists(root) else "nothing there"
-        raise HostNotFoundError(explain(str(root), expected="a folder", got=got, do="Give a checkout's folder."))
+    require_folder(root)
     return sorted((candidate(root, spec) for spec in HOSTS.values()), key=lambda one: one.likeness, reverse=True)
 
 

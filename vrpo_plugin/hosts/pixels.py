@@ -1,6 +1,5 @@
 """Encoder tokens for hosts that make none: from the pixels that their VAE sees, or from a pretrained critic."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,65 +7,18 @@ import torch
 from torch import Tensor
 
 from vrpo_plugin.config import VRPOConfig
-from vrpo_plugin.encoders import FrozenEncoders, load_encoders
+from vrpo_plugin.encoders import load_encoders
 from vrpo_plugin.errors import ConfigError, HostChangedError, explain
+from vrpo_plugin.hosts.base import Session
 from vrpo_plugin.hosts.options import DEFAULT_ENCODER, HostOptions
-from vrpo_plugin.modules.critic import CriticPurpose, read_critic_sizes
-from vrpo_plugin.targets import identify
+from vrpo_plugin.modules.critic import read_critic_sizes
+from vrpo_plugin.targets import Targets, identify
 
 VAE_FACTOR = 8  # pixels per latent of the SD-VAE, the only one that SiT and DiT use
 LATENTS_SCALE = 0.18215  # both, in their train.py
 
 
-@dataclass
-class HostTargets:
-    """Where the encoder's tokens come from, in a host that has no encoder.
-
-    Attributes:
-        dims: D of each encoder.
-        grid: (h, w) of their tokens.
-        encoders: None where a pretrained critic stands for them.
-        resolution: side in pixels of the images.
-        device: where the encoders are.
-    """
-
-    dims: tuple[int, ...]
-    grid: tuple[int, int]
-    encoders: FrozenEncoders | None = None
-    resolution: int | None = None
-    device: torch.device | None = None
-
-    def critic_purpose(self) -> CriticPurpose:
-        """What a critic of these targets is for."""
-        if self.encoders is None:
-            return CriticPurpose()
-        return CriticPurpose(encoder=identify(self.encoders), resolution=self.resolution, latent_scale=LATENTS_SCALE)
-
-    def tokens_of(self, pixels: Tensor | None, x0: Tensor, host: str) -> tuple[Tensor, ...]:
-        """Tokens (B, N, D) per encoder of the images whose latents these are.
-
-        Raises:
-            HostChangedError: the host's VAE has not seen such a batch.
-        """
-        if pixels is None or len(pixels) != len(x0):
-            got = "none" if pixels is None else f"{len(pixels)} images"
-            raise HostChangedError(
-                explain(
-                    f"{host}: pixels",
-                    expected=f"AutoencoderKL.encode with this batch of {len(x0)} images just before the loss",
-                    got=got,
-                    do="Encode each batch by diffusers' AutoencoderKL, or call VRPOAligner in your own loop.",
-                )
-            )
-        assert self.encoders is not None
-        if self.device != x0.device:
-            self.encoders.to(x0.device)
-            self.device = x0.device
-        with torch.no_grad():
-            return self.encoders(pixels)
-
-
-def load_pixel_targets(options: HostOptions, latent_shape: tuple[int, int, int]) -> HostTargets:
+def load_pixel_targets(options: HostOptions, latent_shape: tuple[int, int, int]) -> Targets:
     """The frozen encoders that the options name, for a model of these latents.
 
     Raises:
@@ -79,10 +31,11 @@ def load_pixel_targets(options: HostOptions, latent_shape: tuple[int, int, int])
         token_grid=grid,
         checkpoints=files.split(",") if files else None,
     )
-    return HostTargets(encoders.dims, grid, encoders, VAE_FACTOR * latent_shape[-1])
+    resolution = VAE_FACTOR * latent_shape[-1]
+    return Targets(encoders.dims, grid, encoders, lambda: identify(encoders), resolution, LATENTS_SCALE)
 
 
-def read_critic_targets(config: VRPOConfig, host: str) -> HostTargets:
+def read_critic_targets(config: VRPOConfig, host: str) -> Targets:
     """What a pretrained critic was taught, for a host that trains on latents without their images.
 
     Raises:
@@ -108,7 +61,32 @@ def read_critic_targets(config: VRPOConfig, host: str) -> HostTargets:
             )
         )
     sizes = read_critic_sizes(Path(config.critic_checkpoint))
-    return HostTargets(tuple(sizes["target_dims"]), tuple(sizes["token_grid"]))
+    return Targets(tuple(sizes["target_dims"]), tuple(sizes["token_grid"]), lambda images: ())
+
+
+def tokens_from_pixels(session: Session, x0: Tensor) -> tuple[Tensor, ...]:
+    """Tokens (B, N, D) per encoder of the images whose latents these are.
+
+    Raises:
+        HostChangedError: the host's VAE has not seen such a batch.
+    """
+    targets: Any = session.targets
+    pixels, encode = session.cache.pop("pixels", None), targets.encode
+    if pixels is None or len(pixels) != len(x0):
+        got = "none" if pixels is None else f"{len(pixels)} images"
+        raise HostChangedError(
+            explain(
+                f"{session.spec.name}: pixels",
+                expected=f"AutoencoderKL.encode with this batch of {len(x0)} images just before the loss",
+                got=got,
+                do="Encode each batch by diffusers' AutoencoderKL, or call VRPOAligner in your own loop.",
+            )
+        )
+    if session.cache.get("encoder device") != x0.device:
+        encode.to(x0.device)
+        session.cache["encoder device"] = x0.device
+    with torch.no_grad():
+        return encode(pixels)
 
 
 def tokens_from_critic(model: Any, x0: Tensor) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from vrpo_plugin.config import check_keys
 from vrpo_plugin.errors import HostNotFoundError, VRPOError, explain
 from vrpo_plugin.hosts.base import HostSpec
-from vrpo_plugin.hosts.known import HOSTS, candidate, find_candidates, find_spec, no_host
+from vrpo_plugin.hosts.known import HOSTS, candidate, find_candidates, find_spec, no_host, require_folder
 from vrpo_plugin.patching.atomic import replace_bytes
 from vrpo_plugin.patching.fingerprint import verify_points
 from vrpo_plugin.patching.source import Insertion, SourceState, our_lines, patch_file, unpatch_file
@@ -44,7 +44,7 @@ def hosts_in(root: Path, name: str | None = None) -> list[Place]:
     """
     if name is not None:
         spec = find_spec(name, root)
-        find_candidates(root)  # raises where there is no folder
+        require_folder(root)
         chosen = candidate(root, spec)
         if chosen.missing:
             got, do = f"no {', '.join(chosen.missing)}", "Give the folder of a checkout of it, or another --host."

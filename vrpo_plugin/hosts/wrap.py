@@ -12,7 +12,7 @@ from vrpo_plugin.errors import HostChangedError, HostNotFoundError, explain
 from vrpo_plugin.hosts.aligner import HostAligner
 from vrpo_plugin.hosts.attach import align, install
 from vrpo_plugin.hosts.base import Aligned, HostSpec, Session
-from vrpo_plugin.hosts.pixels import tokens_from_critic
+from vrpo_plugin.hosts.pixels import tokens_from_critic, tokens_from_pixels
 from vrpo_plugin.patching.handle import Seam
 
 Method = Callable[..., Any]
@@ -108,9 +108,7 @@ def wrap_loss(session: Session, label: str) -> Callable[[Method], Method]:
                 raise model_built_too_early(spec)
             inputs = spec.before_loss(session, self, call.arguments)
             if spec.encoder == "pixels":
-                assert session.targets is not None
-                pixels = session.cache.pop("pixels", None)
-                inputs["z"] = session.targets.tokens_of(pixels, inputs["x0"], spec.name)
+                inputs["z"] = tokens_from_pixels(session, inputs["x0"])
             elif spec.encoder == "critic":
                 inputs["z"] = tokens_from_critic(model, inputs["x0"])
             proxy = ModelProxy(session, model, inputs)
