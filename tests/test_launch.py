@@ -194,7 +194,10 @@ def test_a_dry_run_of_what_applying_refuses_says_so_first_and_ends_with_1(
 def test_a_dry_run_is_said_by_one_process(folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     launch.main(["--vrpo-dry-run", "--vrpo-allow-unverified", "host/train.py"])
-    assert capsys.readouterr().out == ""
+    with pytest.raises(SystemExit) as end:
+        launch.main(["--vrpo-dry-run", "host/train.py"])
+    assert end.value.code == 1
+    assert capsys.readouterr() == ("", "")
 
 
 def test_the_one_line_in_a_launched_script_is_the_launchers_patch(folder: Path) -> None:

@@ -124,8 +124,10 @@ def prepare(command: Command) -> tuple[HostSpec, PatchHandle] | None:
         if is_main_process():
             say(describe_result(spec, folder, folder, refusal, host))
             say([*describe_host(spec, folder), *describe_settings(config, options)])
+            if refusal is not None:
+                raise refusal
         if refusal is not None:
-            raise refusal
+            sys.exit(1)  # said by the main process
         return None
     sys.argv = [str(command.script), *command.arguments]
     # As for 'python train.py': the script's folder, and not the current one, which '-m' puts there.

@@ -3,6 +3,7 @@
 import shutil
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from vrpo_plugin.errors import ConfigError, HostChangedError, HostNotFoundError,
 from vrpo_plugin.hosts import tree
 from vrpo_plugin.hosts.known import HOSTS, detect_hosts, host_of_script
 from vrpo_plugin.hosts.tree import hosts_in, patch_tree, unpatch_tree
+from vrpo_plugin.patching.fingerprint import SourcePoint
 
 REPOSITORIES = ("repa", "reg", "irepa", "sit", "dit", "repae", "lightningdit")
 CHECKOUTS = dict(zip(REPOSITORIES, ("REPA", "REG", "iREPA", "SiT", "DiT", "REPA-E", "LightningDiT"), strict=True))
@@ -131,6 +133,15 @@ def test_a_fork_with_other_bodies_is_its_own_host_still(root: Path, name: str) -
         path.write_text(path.read_text().replace("return 1", "return 3"))
     assert detect_hosts(root)[0][0].repository == HOSTS[name].repository
     assert hosts_in(root)[0].spec.repository == HOSTS[name].repository
+
+
+@only("sit")
+def test_a_definition_without_parameters_counts_too(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "train.py").write_text((root / "train.py").read_text() + "\n\ndef other():\n    pass\n")
+    for name in ("main", "other", "none"):
+        points = (*HOSTS["sit"].verified, SourcePoint("train.py", name, (), {}))
+        monkeypatch.setitem(HOSTS, "sit", replace(HOSTS["sit"], verified=points))
+        assert host_of_script(root / "train.py").name == "sit"
 
 
 @pytest.mark.parametrize("name", ["train.py", "loss.py"])

@@ -66,7 +66,7 @@ class Candidate:
 def _shared_parameters(finding: Finding) -> float:
     """Tells two hosts apart whose definitions both have other parameters: the share of names in common."""
     there, expected = {*finding.parameters}, {*finding.point.parameters}
-    return len(there & expected) / len(there | expected)
+    return len(there & expected) / (len(there | expected) or 1)
 
 
 def find_spec(name: str, folder: Path | None = None) -> HostSpec:

@@ -61,17 +61,6 @@ class SourceState:
     error: VRPOError | None = None
 
 
-class _RefusedError(Exception):
-    """Why a script cannot take the line: the kind of error, and its three parts."""
-
-    def __init__(self, kind: type[VRPOError], expected: str, got: str, do: str) -> None:
-        self.kind, self.expected, self.got, self.do = kind, expected, got, do
-
-    def state(self, path: Path) -> SourceState:
-        error = self.kind(explain(str(path), expected=self.expected, got=self.got, do=self.do))
-        return SourceState(path, "refused", self.got, error=error)
-
-
 def read_state(root: Path, insertion: Insertion) -> SourceState:
     """Says what :func:`patch_file` would meet; raises nothing, whatever the tree holds."""
     return _inspect(root / insertion.file, insertion)[0]
@@ -118,114 +107,102 @@ def unpatch_file(root: Path, insertion: Insertion) -> SourceState:
         PatchConflictError: the script holds our line twice, or another version of it only.
         VRPOError: the file cannot be written.
     """
-    path = root / insertion.file
+    state, data = _inspect(root / insertion.file, insertion)
     try:
-        data = _read(path)
-        tree = _parse(data, insertion)
-        ours = _our_lines(data, tree, insertion)
-        if len(ours) != 1:
-            _refuse_others(data, ours, insertion)
-            return read_state(root, insertion)
-        if why := why_read_only(path):
-            raise _read_only(why)
-        new = remove_line(data, ours[0])
-        if why := _misfit(new, [node for node in tree.body if node.lineno != ours[0]]):
-            raise _broken(insertion, f"without our line {why}")
-    except _RefusedError as refused:
-        raise refused.state(path).error or AssertionError() from None
-    replace_bytes(path, data, new)
+        tree = _compiled(data)
+    except NOT_PYTHON:
+        raise state.error or AssertionError(state) from None
+    ours = _our_lines(data, tree, insertion)
+    if len(ours) != 1:
+        if isinstance(state.error, (HostNotFoundError, PatchConflictError)):
+            raise state.error
+        return state
+    if why := why_read_only(state.path):
+        raise _read_only(state.path, why).error or AssertionError()
+    new = remove_line(data, ours[0])
+    if why := _misfit(new, [node for node in tree.body if node.lineno != ours[0]]):
+        raise _broken(state.path, insertion, f"without our line {why}").error or AssertionError()
+    replace_bytes(state.path, data, new)
     return replace(read_state(root, insertion), changed=True)
 
 
 def our_lines(path: Path, insertion: Insertion) -> list[int]:
     """The 1-based numbers of the lines of a script that are ours, with any settings; none where it cannot be read."""
+    data = _inspect(path, insertion)[1]
     try:
-        data = _read(path)
-        return _our_lines(data, _parse(data, insertion), insertion)
-    except _RefusedError:
+        return _our_lines(data, _compiled(data), insertion)
+    except NOT_PYTHON:
         return []
 
 
-def _read(path: Path) -> bytes:
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be read for ever
-            raise OSError(0, "something else than a file")
-        return path.read_bytes()
-    except OSError as error:
-        got, do = error.strerror or str(error), "Name the root of the host's repository."
-        raise _RefusedError(HostNotFoundError, "a script of the host", got, do) from error
+def _refused(path: Path, kind: type[VRPOError], expected: str, got: str, do: str) -> SourceState:
+    return SourceState(path, "refused", got, error=kind(explain(str(path), expected=expected, got=got, do=do)))
 
 
-def _parse(data: bytes, insertion: Insertion) -> ast.Module:
-    try:
-        return _compiled(data)
-    except NOT_PYTHON as error:
-        raise _broken(insertion, f"{type(error).__name__}: {error}") from error
+def _missing(path: Path, error: OSError) -> SourceState:
+    got, do = error.strerror or str(error), "Name the root of the host's repository."
+    return _refused(path, HostNotFoundError, "a script of the host", got, do)
 
 
-def _broken(insertion: Insertion, got: str) -> _RefusedError:
+def _broken(path: Path, insertion: Insertion, got: str) -> SourceState:
     do = f"Repair the script, or put the line in by hand: {insertion.line}"
-    return _RefusedError(HostChangedError, "code that compiles", got, do)
+    return _refused(path, HostChangedError, "code that compiles", got, do)
 
 
-def _read_only(got: str) -> _RefusedError:
+def _foreign(path: Path, insertion: Insertion, got: str) -> SourceState:
+    do = "Remove vrpo_plugin's lines by hand, then run again."
+    return _refused(path, PatchConflictError, f"at most '{insertion.line}'", got, do)
+
+
+def _read_only(path: Path, got: str) -> SourceState:
     do = "Give write permission (chmod u+w), then run again."
-    return _RefusedError(VRPOError, "a file that may be changed", got, do)
-
-
-def _refuse_others(data: bytes, ours: list[int], insertion: Insertion) -> None:
-    """Raises where the script holds our line twice, or another use of this package."""
-    lines = data.splitlines()
-    others = [n for n, line in enumerate(lines, 1) if n not in ours and _OTHER_VERSION.search(line)]
-    if len(ours) > 1 or others:
-        got = f"it at lines {ours}" if len(ours) > 1 else f"at line {others[0]} {lines[others[0] - 1].strip()!r}"
-        do = "Remove vrpo_plugin's lines by hand, then run again."
-        raise _RefusedError(PatchConflictError, f"at most '{insertion.line}'", got, do)
+    return _refused(path, VRPOError, "a file that may be changed", got, do)
 
 
 def _inspect(path: Path, insertion: Insertion) -> tuple[SourceState, bytes]:
     """The state, and the bytes that it is of."""
     try:
-        data = _read(path)
-        state = _look(path, data, insertion)
-        if state.status == "ready" and (why := why_read_only(path)):
-            raise _read_only(why)
-    except OSError as error:  # it went away meanwhile
-        return _RefusedError(HostNotFoundError, "a script of the host", str(error), "Run again.").state(path), b""
-    except _RefusedError as refused:
-        return refused.state(path), b""
-    return state, data
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be read for ever
+            raise OSError(0, "something else than a file")
+        data, read_only = path.read_bytes(), why_read_only(path)
+    except OSError as error:
+        return _missing(path, error), b""
+    state = _look(path, data, insertion)
+    return _read_only(path, read_only) if state.status == "ready" and read_only else state, data
 
 
 def _look(path: Path, data: bytes, insertion: Insertion) -> SourceState:
-    tree, lines = _parse(data, insertion), data.splitlines()
-    ours = _our_lines(data, tree, insertion)
-    _refuse_others(data, ours, insertion)
+    try:
+        tree = _compiled(data)
+    except NOT_PYTHON as error:
+        return _broken(path, insertion, f"{type(error).__name__}: {error}")
+    lines, ours = data.splitlines(), _our_lines(data, tree, insertion)
+    others = [n for n, line in enumerate(lines, 1) if n not in ours and _OTHER_VERSION.search(line)]
+    if len(ours) > 1:
+        return _foreign(path, insertion, f"it at lines {ours}")
+    if others:
+        return _foreign(path, insertion, f"at line {others[0]} {lines[others[0] - 1].strip()!r}")
     anchors = [node for node in tree.body if isinstance(node, _IMPORTS) and ast.unparse(node) == insertion.anchor]
-    by_hand = f"Put the line in by hand: {insertion.line}"
-    if not anchors:
-        got = _nearest(tree, insertion.anchor)
-        raise _RefusedError(HostChangedError, f"'{insertion.anchor}'", got, by_hand)
+    if len(anchors) != 1:
+        found = [node.lineno for node in anchors]
+        got = f"it at lines {found} (ambiguous)" if found else _nearest(tree, insertion.anchor)
+        expected, do = f"'{insertion.anchor}'{' once' * bool(found)}", f"Put the line in by hand: {insertion.line}"
+        return _refused(path, HostChangedError, expected, got, do)
     last = anchors[0].end_lineno or 0
-    if len(anchors) > 1:
-        got = f"it at lines {[node.lineno for node in anchors]} (ambiguous)"
-        raise _RefusedError(HostChangedError, f"'{insertion.anchor}' once", got, by_hand)
     if ours and ours[0] < last:
-        got = f"it at line {ours[0]}, before '{insertion.anchor}' at line {last}"
-        do = "Remove vrpo_plugin's lines by hand, then run again."
-        raise _RefusedError(PatchConflictError, f"at most '{insertion.line}'", got, do)
+        return _foreign(path, insertion, f"it at line {ours[0]}, before '{insertion.anchor}' at line {last}")
     if ours:
         return SourceState(path, "patched", f"our line at line {ours[0]}", ours[0])
     index = tree.body.index(anchors[0]) + 1
     if any(node.lineno == last for node in tree.body[index:]) or lines[last - 1].endswith(b"\\"):
-        do = "Give it a line of its own, then run again."
-        raise _RefusedError(HostChangedError, f"'{insertion.anchor}' to end its line", f"more on line {last}", do)
-    expected = [*tree.body[:index], *ast.parse(insertion.line).body, *tree.body[index:]]
+        expected, do = f"'{insertion.anchor}' to end its line", "Give it a line of its own, then run again."
+        return _refused(path, HostChangedError, expected, f"more on line {last}", do)
+    expected_tree = [*tree.body[:index], *ast.parse(insertion.line).body, *tree.body[index:]]
     new = insert_line(data, last, insertion.line.encode())
-    if why := _misfit(new, expected):
-        raise _broken(insertion, f"with our line {why}")
+    if why := _misfit(new, expected_tree):
+        return _broken(path, insertion, f"with our line {why}")
     if _our_lines(new, _compiled(new), insertion) != [last + 1]:  # it could not be found again to take it out
-        raise _broken(insertion, "an encoding whose lines are not those of the bytes")
+        return _broken(path, insertion, "an encoding whose lines are not those of the bytes")
     return SourceState(path, "ready", f"'{insertion.anchor}' ends at line {last}", last)
 
 
