@@ -211,6 +211,15 @@ def test_its_rewards_train_and_reach_the_tracker(folder: Path) -> None:
     assert model.projector[0].weight.grad is not None and model.projector[0].weight.grad.any()
 
 
+def test_its_one_line_applies_it_in_its_script(folder: Path) -> None:
+    (folder / "train.py").write_text("from repa_net import RepaNet\nprint(type(RepaNet().vrpo).__name__)\n")
+    cli.main(["patch", str(folder), "--host", "my_repa.py:SPEC", "--allow-unverified"])
+    environment = {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "VRPO_ALLOW_UNVERIFIED": "1"}
+    script = [sys.executable, str(folder / "train.py")]  # from another folder: its own is on sys.path all the same
+    shown = subprocess.run(script, capture_output=True, text=True, env=environment, cwd=folder.parent)
+    assert shown.stdout == "HostAligner\n", shown.stderr
+
+
 def test_it_is_named_on_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "train.py").write_text("from repa_net import RepaNet\n")
     for host in ("my_repa.py:SPEC", "my_repa:SPEC"):

@@ -230,7 +230,7 @@ class HostSpec:
         loss.backward()
         optimizer.step()                     a step that is not finite is left out
 
-    Outside of training (no gradients, ``model.eval()``, the EMA copy) none of them runs.
+    Outside of training (no gradients, ``model.eval()``, the EMA copy) the host's own loss and forward run alone.
 
     Attributes:
         name: as in ``apply_vrpo(name)``.
