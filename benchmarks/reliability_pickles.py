@@ -202,10 +202,13 @@ def _export(path: Path) -> None:
 
 
 def _resume(path: Path) -> None:
-    """The host's own ``torch.load`` with our shim around it."""
-    session = cast(Any, argparse.Namespace(report=lambda *_: None))
-    (seam,) = RESUME.seams(session, RESUME)
-    seam.wrap(torch.load)(path, map_location="cpu")
+    """The host's own ``torch.load`` while our shim is on."""
+    (hook,) = RESUME.hooks(cast(Any, None), RESUME)
+    take_away = hook.add()
+    try:
+        torch.load(path, map_location="cpu")
+    finally:
+        take_away()
 
 
 def _checkpoint(folder: Path, data: bytes) -> None:

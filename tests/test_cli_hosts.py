@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,10 +60,10 @@ def test_check_says_which_host_and_commit_and_what_would_happen(vrpo, tree: Path
         f"host        repa (sihyun-yu/REPA@{COMMIT}) in {tree}",
         f"seam        models/sit.py: SiT.forward: as at {COMMIT}",
         f"seam        loss.py: SILoss.__call__: as at {COMMIT}",
-        f"script      train.py: clean ({COMMIT}), line 3",
+        "script      train.py: ready, line 3",
         f"host        repa_t2i (sihyun-yu/REPA@{COMMIT}) in {tree}",
-        f"script      train_t2i.py: clean ({COMMIT}), line 3",
-        f"result      can be applied with no line: accelerate launch -m vrpo_plugin.launch {tree}/train.py ...",
+        "script      train_t2i.py: ready, line 3",
+        f"result      repa: can be applied with no line: accelerate launch -m vrpo_plugin.launch {tree}/train.py ...",
         f"result      or by one line: 'vrpo patch {tree}', then start it as ever",
     ):
         assert line in lines
@@ -70,14 +71,70 @@ def test_check_says_which_host_and_commit_and_what_would_happen(vrpo, tree: Path
         assert any(line.startswith(f"compat      {shim.name}: ") and shim.issue in line for line in lines)
     (note,) = HOSTS["repa"].notes
     assert any(line.startswith("breaks      train.py: ") and note.do in line for line in lines)
+    assert [line.startswith("result") for line in lines] == sorted(
+        (line.startswith("result") for line in lines), reverse=True
+    )  # the verdict comes first
     assert contents(tree) == before
+
+
+OPTIMIZER = "torch.optim.Optimizer.load_state_dict"
+OF_REPA = ["accelerate.Accelerator.log", OPTIMIZER, "argparse.ArgumentParser.parse_args"]
+PROCESS_WIDE = {
+    **dict.fromkeys(("repa", "repa_t2i", "reg", "irepa", "repae"), OF_REPA),
+    **{key: ["diffusers.models.AutoencoderKL.encode", OPTIMIZER] for key in ("sit", "dit")},
+    "lightningdit": ["torch.utils.tensorboard.SummaryWriter.add_scalar", OPTIMIZER],
+}
+
+
+@pytest.mark.parametrize("name", PROCESS_WIDE)
+def test_check_lists_what_is_replaced_for_the_whole_process(
+    vrpo, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tree(tmp_path / "host", name)
+    verify_as_it_is(tmp_path / "host", name, monkeypatch)
+    shown = vrpo("check", tmp_path / "host", "--host", name).out.splitlines()
+    *replaced, hooks = [line.removeprefix("process     ") for line in shown if line.startswith("process     ")]
+    assert [line.partition(":")[0] for line in replaced] == PROCESS_WIDE[name]
+    assert all(": as expected; " in line for line in replaced)
+    assert hooks.startswith("torch.optim step hooks (added, nothing replaced)")
+
+
+def test_a_library_that_has_changed_is_refused(vrpo, tree: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "libraries/accelerate").mkdir(parents=True)
+    (tmp_path / "libraries/accelerate/__init__.py").write_text("")
+    (tmp_path / "libraries/accelerate/accelerator.py").write_text("class Accelerator:\n    def log(self, rows): pass\n")
+    monkeypatch.syspath_prepend(tmp_path / "libraries")
+    monkeypatch.delitem(sys.modules, "accelerate", raising=False)
+    shown = vrpo("check", tree, "--host", "repa")
+    assert shown.status == 1
+    name = "accelerate.Accelerator.log"
+    assert f"result      repa: cannot be applied: {name}: expected parameters (self, values" in shown.out
+    assert f"process     {name}: REFUSED: parameters (self rows), expected (self values " in shown.out
+
+
+@pytest.mark.parametrize("command", [("--version",), ("check", "{tree}"), ("--help",), ("patch", "--help")])
+def test_these_commands_do_without_torch(tree: Path, command: tuple[str, ...]) -> None:
+    code = "import sys; sys.modules['torch'] = None; from vrpo_plugin.cli import main; main(sys.argv[1:])"
+    argv = [one.format(tree=tree) for one in command]
+    shown = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+    assert "torch" not in shown.stderr and shown.returncode == (1 if command[0] == "check" else 0), shown.stderr
+    assert shown.stdout
+
+
+def test_commands_that_are_suggested_can_be_pasted(vrpo, tree: Path) -> None:
+    folder = tree.rename(tree.with_name("my host"))
+    shown = vrpo("check", folder).out
+    assert f"accelerate launch -m vrpo_plugin.launch '{folder}/train.py'" in shown
+    assert f"vrpo patch '{folder}'" in shown
+    vrpo("patch", folder)
+    assert f"vrpo unpatch '{folder}'" in vrpo("check", folder).out
 
 
 def test_check_of_a_patched_tree(vrpo, tree: Path) -> None:
     vrpo("patch", tree, "--script", "train.py")
     shown = vrpo("check", tree, "--host", "repa")
     assert shown.status == 0
-    assert f"script      train.py: patched ({COMMIT}), line 4" in shown.out.splitlines()
+    assert "script      train.py: patched, line 4" in shown.out.splitlines()
     assert f"result      is patched: start it as ever; 'vrpo unpatch {tree}' takes the line out" in shown.out
     assert "repa_t2i" not in shown.out
 
@@ -115,7 +172,7 @@ def test_check_of_a_changed_seam(vrpo, tree: Path, file: str, old: str, new: str
     shown = vrpo("check", tree)
     assert shown.status == 1
     assert line in shown.out.splitlines()
-    assert f"result      cannot be applied: {path}: SILoss.__call__: expected" in shown.out
+    assert f"result      repa: cannot be applied: {path}: SILoss.__call__: expected" in shown.out
     patched = vrpo("patch", tree)
     assert (patched.status, patched.out) == (1, "")
     assert patched.error.count("\n") == 0 and "SILoss.__call__" in patched.error
@@ -141,7 +198,7 @@ def test_check_tells_of_a_script_that_cannot_take_the_line(vrpo, tree: Path) -> 
     script.write_text(script.read_text().replace("import sys", "import sys\nfrom loss import SILoss"))
     shown = vrpo("check", tree)
     assert shown.status == 0  # the launcher needs no line
-    assert "script      train.py: REFUSED: ambiguous: it at lines [3, 5] (ambiguous)" in shown.out.splitlines()
+    assert "script      train.py: REFUSED: it at lines [3, 5] (ambiguous)" in shown.out.splitlines()
     assert "result      no line can be put into train.py: it at lines [3, 5] (ambiguous)" in shown.out.splitlines()
 
 
@@ -149,13 +206,11 @@ def test_patch_and_unpatch_say_what_they_did(vrpo, tree: Path) -> None:
     before = contents(tree)
     scripts = [tree / "train.py", tree / "train_t2i.py"]
     shown = vrpo("patch", tree)
-    assert shown == Ended(0, "".join(f"patched     {path}: patched ({COMMIT}), line 4\n" for path in scripts), "")
+    assert shown == Ended(0, "".join(f"patched     {path}: patched, line 4\n" for path in scripts), "")
     assert all("vrpo_plugin.apply_vrpo_to_repa" in path.read_text() for path in scripts)
     again = vrpo("patch", tree)
     assert again.out == shown.out.replace("patched     ", "unchanged   ")
-    assert vrpo("unpatch", tree, "--script", "train.py").out == (
-        f"unpatched   {scripts[0]}: clean ({COMMIT}), line 3\n"
-    )
+    assert vrpo("unpatch", tree, "--script", "train.py").out == (f"unpatched   {scripts[0]}: ready, line 3\n")
     assert vrpo("unpatch", tree).status == 0
     assert contents(tree) == before
 
@@ -226,6 +281,10 @@ def test_a_pipe_is_no_script_and_is_not_waited_for(vrpo, file: str, tree: Path) 
     os.mkfifo(tree / file)
     for command in ("check", "patch", "unpatch"):
         shown = vrpo(command, tree, "--host", "repa")
+        if command == "check" and file == "train.py":  # a script of another name can be launched
+            assert shown.status == 0 and "m vrpo_plugin.launch YOUR_SCRIPT.py ..." in shown.out
+            assert "result      no line can be put into train.py: something else than a file" in shown.out
+            continue
         assert shown.status == 1 and shown.error.startswith("HostNotFoundError: ") and "\n" not in shown.error
 
 

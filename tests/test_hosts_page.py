@@ -4,10 +4,13 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import pytest
+
 import vrpo_plugin
 from vrpo_plugin.hosts import compat
 from vrpo_plugin.hosts.compat import Shim
 from vrpo_plugin.hosts.known import HOSTS
+from vrpo_plugin.hosts.libraries import libraries_of
 from vrpo_plugin.hosts.options import KEYS, HostOptions
 
 REPO = Path(__file__).resolve().parents[1]
@@ -26,7 +29,7 @@ def test_every_host_with_its_commit_and_scripts() -> None:
     rows = [row[:3] for row in table("## Supported hosts")]
     expected = []
     for spec in HOSTS.values():
-        (commit,) = {commit for point in spec.all_points for commit in point.fingerprints}
+        (commit,) = {commit for point in spec.points for commit in point.fingerprints}
         scripts = ", ".join(f"`{(Path(spec.folder) / one.file).as_posix()}`" for one in spec.insertions)
         expected.append([f"`{spec.name}`", f"{spec.repository}@{commit}", scripts])
     assert rows == expected
@@ -62,12 +65,22 @@ def test_every_shim_with_its_hosts_and_no_other() -> None:
     assert sorted(table("## Compatibility shims")) == sorted(expected)
 
 
-def test_every_breakage_that_cannot_be_cured() -> None:
+def test_every_method_of_a_library_that_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, spec in HOSTS.items():
+        for one in libraries_of(spec, spec.shims):
+            found.setdefault((f"`{one.label}`", one.why), []).append(name)
+    rows = table("### What is replaced for the whole process")
+    assert sorted(rows) == sorted([[label, ", ".join(names), why] for (label, why), names in found.items()])
+
+
+def test_every_breakage_without_a_workaround() -> None:
     found: dict[tuple[str, ...], list[str]] = {}
     for name, spec in HOSTS.items():
         for note in spec.notes:
             found.setdefault((f"`{note.file}`", note.when, note.do, note.issue), []).append(name)
-    assert table("## What cannot be cured") == [[", ".join(names), *cells] for cells, names in found.items()]
+    assert table("## Breakages without a workaround") == [[", ".join(names), *cells] for cells, names in found.items()]
 
 
 def test_links_lead_somewhere() -> None:

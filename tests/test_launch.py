@@ -154,14 +154,119 @@ def test_a_dry_run_says_everything_and_does_nothing(folder: Path, capsys: pytest
     before, modules, path = contents(folder.parent), {*sys.modules}, [*sys.path]
     (folder / "train.py").write_text((folder / "train.py").read_text() + "raise SystemExit('it ran')\n")
     before = contents(folder.parent)
-    assert launch.main(["--vrpo-dry-run", "--vrpo-reward-coeff", "0.5", "host/train.py", "--output-dir", "out"]) is None
+    options = ["--vrpo-dry-run", "--vrpo-allow-unverified", "--vrpo-reward-coeff", "0.5"]
+    assert launch.main([*options, "host/train.py", "--output-dir", "out"]) is None
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"host        repa (sihyun-yu/REPA) in {folder}"
+    launch_line = f"accelerate launch -m vrpo_plugin.launch {folder}/train.py ..."
+    assert lines[0] == f"result      repa: can be applied with no line: {launch_line}"
+    assert f"host        repa (sihyun-yu/REPA) in {folder}" in lines
     assert any(line.startswith("seam        models/sit.py: SiT.forward: CHANGED: ") for line in lines)
     assert f"setting     reward_coeff = 0.5 (default {VRPOConfig().reward_coeff})" in lines
     assert [line for line in lines if line.startswith("compat      sit_s: ")]
     assert active_handles() == ()
     assert (contents(folder.parent), {*sys.modules}, sys.path, sys.argv) == (before, modules, path, ["launch"])
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ([], "SiT.forward"),  # the fake's bodies are not those of the known commit
+        (["--vrpo-allow-unverified", "--vrpo-path-type", "cosine"], "path_type: expected unset"),
+        (["--vrpo-allow-unverified", "--vrpo-proj-coeff", "1"], "proj_coeff: expected unset"),
+        (["--vrpo-allow-unverified", "--vrpo-encoder", "dinov2-vit-b"], "encoder: expected unset: repa trains with"),
+        (["--vrpo-allow-unverified", "--vrpo-compat", "cont_dir"], "compat of repa"),
+        (["--vrpo-allow-unverified", "--vrpo-host", "sit"], "no readable file"),
+    ],
+)
+def test_a_dry_run_of_what_applying_refuses_says_so_first_and_ends_with_1(
+    options: list[str], text: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        launch.main(["--vrpo-dry-run", *options, "host/train.py"])
+    refusal = str(end.value.code)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert "cannot be applied: " in first and text in first
+    with pytest.raises(SystemExit) as end:  # and so it is
+        launch.main([*options, "host/train.py"])
+    assert end.value.code == refusal or "no readable file" in text
+
+
+def test_a_dry_run_is_said_by_one_process(folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    launch.main(["--vrpo-dry-run", "--vrpo-allow-unverified", "host/train.py"])
+    with pytest.raises(SystemExit) as end:
+        launch.main(["--vrpo-dry-run", "host/train.py"])
+    assert end.value.code == 1
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_one_line_in_a_launched_script_is_the_launchers_patch(folder: Path) -> None:
+    """Its settings come from the launcher; settings of its own are a conflict, said in one line."""
+    code = "import vrpo_plugin; handle = vrpo_plugin.apply_vrpo_to_repa({}); print(handle.seams)\nraise SystemExit(5)"
+    (folder / "train.py").write_text(code.format(""))
+    with pytest.raises(SystemExit) as end:
+        run_main("--vrpo-reward-coeff", "0.25", "--vrpo-host", "repa", "host/train.py")
+    assert end.value.code == 5
+    (active,) = active_handles()
+    assert active.config[0].reward_coeff == 0.25
+    active.remove()
+    (folder / "train.py").write_text(code.format("reward_coeff=0.75, allow_unverified=True"))
+    with pytest.raises(SystemExit) as end:
+        run_main("--vrpo-reward-coeff", "0.25", "--vrpo-host", "repa", "host/train.py")
+    text = str(end.value.code)
+    assert text.startswith("PatchConflictError: patch 'repa': ") and text.endswith("take it out by 'vrpo unpatch'.")
+    assert "reward_coeff 0.25 -> 0.75" in text and "VRPOConfig(" not in text and "\n" not in text
+
+
+OWN_HOST = """
+from dataclasses import replace
+from vrpo_plugin.hosts.repa import REPA
+SPEC = replace(REPA, name="mine", repository="me/mine")
+"""
+
+
+OWN_NAMES = ["my_host.py:SPEC", "host/my_host.py:SPEC", "my_host:SPEC", "{folder}/my_host.py:SPEC"]
+
+
+@pytest.mark.parametrize("name", OWN_NAMES)
+def test_a_host_of_ones_own(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "my_host.py").write_text(OWN_HOST)
+    (folder / "probe.py").write_text("import sys; sys.exit(4)")
+    host = name.format(folder=folder)
+    launch.main(["--vrpo-dry-run", "--vrpo-allow-unverified", "--vrpo-host", host, "host/probe.py"])
+    assert "host        mine (me/mine) in " in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        run_main("--vrpo-host", host, "host/probe.py")
+    assert end.value.code == 4 and [handle.name for handle in active_handles()] == ["mine"]
+    sys.modules.pop("my_host", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("none.py:SPEC", "host none.py:SPEC: expected a Python file, got no file "),
+        ("no_module:SPEC", "host no_module:SPEC: expected a module that can be imported, got no module named"),
+        ("my_host.py:SPECS", "host my_host.py:SPECS: expected a HostSpec 'SPECS', got NoneType; it holds REPA, SPEC. "),
+        ("my_host.py:replace", "expected a HostSpec 'replace', got function; it holds REPA, SPEC. Give file.py:NAME"),
+    ],
+)
+def test_a_host_of_ones_own_that_is_none(name: str, text: str, folder: Path) -> None:
+    (folder / "my_host.py").write_text(OWN_HOST)
+    with pytest.raises(SystemExit) as end:
+        run_main("--vrpo-host", name, "host/train.py")
+    assert text in str(end.value.code) and "\n" not in str(end.value.code)
+
+
+def test_apply_vrpo_finds_the_host_of_its_script(folder: Path) -> None:
+    code = "import vrpo_plugin; handle = vrpo_plugin.apply_vrpo({}allow_unverified=True); handle.remove()"
+    for given in ("", "vrpo_plugin.VRPOConfig(reward_coeff=0.125), "):
+        script = (folder / "train.py").read_text().replace("from loss import SILoss", code.format(given))
+        (folder / "mine.py").write_text(script.partition("def parse_args")[0])
+        sys.path.insert(0, str(folder))
+        ran = runpy.run_path(str(folder / "mine.py"))
+        del sys.path[0]
+        assert ran["handle"].name == "repa"
+    assert ran["handle"].config[0].reward_coeff == 0.125
 
 
 @pytest.mark.parametrize(

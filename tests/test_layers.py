@@ -12,7 +12,6 @@ import pytest
 import vrpo_plugin
 
 PACKAGE = Path(vrpo_plugin.__file__).parent
-FREE = {"vrpo_plugin", "cli", "pretrain", "launch", "hosts"}
 # What each layer may import beside the standard library and itself.
 MAY: dict[str, set[str]] = {
     "errors": set(),
@@ -25,13 +24,37 @@ MAY: dict[str, set[str]] = {
     "reference": {"functional", "errors", "config", "torch", "timm", "einops", "numpy", "safetensors"},
     "evaluation": {"errors", "config", "functional", "encoders", "scipy", "torch", "numpy", "einops", "safetensors"},
     "patching": {"errors"},
+    "hosts": {"errors", "config", "functional", "modules", "encoders", "targets", "patching", "torch"},
+    "pretrain": {"errors", "config", "functional", "modules", "reference", "targets", "torch", "tqdm"},
+    "launch": {"errors", "config", "_version", "hosts", "patching"},
+    "cli": {"errors", "_version"},
+    "vrpo_plugin": {"errors", "config", "_version"},
     "targets": {"errors", "encoders", "modules", "reference", "evaluation", "torch"},
 }
 MAY_INSIDE_FUNCTIONS: dict[str, set[str]] = {
     "perceptual": {"timm", "lpips", "torchvision", "safetensors", "huggingface_hub"},
     "encoders": {"timm", "lpips", "torchvision", "safetensors", "huggingface_hub"},
     "reference": {"torchvision", "sklearn", "PIL"},
+    "hosts": {"safetensors", "yaml"},
+    "pretrain": {"accelerate"},
+    "cli": {"pretrain", "hosts"},
+    "vrpo_plugin": {"functional", "hosts", "modules"},
 }
+# Inside hosts/ a file imports only what stands above its own row.
+HOST_FILES = [
+    {"options"},
+    {"guard", "aligner", "checkpoint", "units"},
+    {"metrics"},
+    {"base"},
+    {"compat", "libraries", "pixels"},
+    {"checks", "siloss", "transport"},
+    {"repa", "reg", "irepa", "repae", "sit", "dit", "lightningdit"},
+    {"repa_t2i"},
+    {"known"},
+    {"tree", "attach"},
+    {"report", "wrap"},
+    {"apply"},
+]
 SLOW = {"timm", "lpips", "accelerate", "scipy", "sklearn", "torchvision", "PIL", "matplotlib", "yaml"}
 
 
@@ -72,16 +95,14 @@ def modules_of(root: Path) -> dict[str, list[Import]]:
 def layer_of(name: str) -> str:
     """The part of this package, or else the package, that a dotted name belongs to."""
     first, *rest = name.split(".")
-    return rest[0] if first == "vrpo_plugin" and rest and rest[0] in MAY.keys() | FREE else first
+    return rest[0] if first == "vrpo_plugin" and rest and rest[0] in MAY else first
 
 
 def wrong_imports(root: Path) -> list[str]:
     wrong = []
     for module, imports in modules_of(root).items():
         layer = layer_of(module)
-        if layer in FREE and (layer != "vrpo_plugin" or module == "vrpo_plugin"):
-            continue
-        if layer not in MAY:
+        if layer not in MAY or (layer == "vrpo_plugin" != module):
             wrong.append(f"{module} belongs to no layer")
             continue
         for one in imports:
@@ -110,6 +131,47 @@ def slow_imports(root: Path) -> list[str]:
     ]
 
 
+def circles(root: Path) -> list[set[str]]:
+    """Groups of modules that import each other, in functions and for types too."""
+    modules = modules_of(root)
+    edges = {
+        module: {other for one in imports if (other := module_of(one.name, modules)) and other != module}
+        for module, imports in modules.items()
+    }
+    reach: dict[str, set[str]] = {}
+    for module in modules:
+        seen, waiting = set(), [*edges[module]]
+        while waiting:
+            if (other := waiting.pop()) not in seen:
+                seen.add(other)
+                waiting += edges[other]
+        reach[module] = seen
+    found = [{other for other in reach[module] if module in reach[other]} for module in modules]
+    return [group for number, group in enumerate(found) if group and group not in found[:number]]
+
+
+def module_of(name: str, modules: dict[str, list[Import]]) -> str | None:
+    """The module that an imported name is, or stands in; the package itself imports everything, when it is asked."""
+    parts = name.split(".")
+    candidates = (".".join(parts[:end]) for end in range(len(parts), 1, -1))
+    return next((one for one in candidates if one in modules), None)
+
+
+def upward_imports(root: Path) -> list[str]:
+    """Imports inside hosts/ of a file that stands in the same row or below."""
+    row = {name: number for number, names in enumerate(HOST_FILES) for name in names}
+    wrong = []
+    for module, imports in modules_of(root).items():
+        *package, name = module.split(".")
+        if package != ["vrpo_plugin", "hosts"]:
+            continue
+        for one in imports:
+            parts = one.name.split(".")
+            if parts[:2] == package and len(parts) > 2 and row.get(parts[2], 99) >= row.get(name, -1):
+                wrong.append(f"{module}:{one.line} imports {one.name}")
+    return wrong
+
+
 def write_package(root: Path, files: dict[str, str]) -> Path:
     for name, source in files.items():
         path = root / name
@@ -124,6 +186,25 @@ def test_every_import_is_of_a_layer_below() -> None:
 
 def test_import_vrpo_plugin_reads_no_slow_package() -> None:
     assert slow_imports(PACKAGE) == []
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    assert circles(PACKAGE) == []
+
+
+def test_inside_hosts_imports_go_one_way() -> None:
+    assert upward_imports(PACKAGE) == []
+    names = {path.stem for path in (PACKAGE / "hosts").glob("*.py")} - {"__init__"}
+    assert names == set().union(*HOST_FILES)
+
+
+def test_a_circle_is_found_in_functions_and_for_types_too(tmp_path: Path) -> None:
+    types = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from vrpo_plugin.hosts.metrics import Tracker"
+    late = "def f():\n    from vrpo_plugin.hosts import base"
+    files = {"__init__.py": "", "hosts/__init__.py": "", "hosts/base.py": types, "hosts/metrics.py": late}
+    root = write_package(tmp_path, files)
+    assert circles(root) == [{"vrpo_plugin.hosts.base", "vrpo_plugin.hosts.metrics"}]
+    assert upward_imports(root) == ["vrpo_plugin.hosts.metrics:2 imports vrpo_plugin.hosts.base"]
 
 
 def test_the_package_was_read() -> None:
@@ -155,6 +236,11 @@ def test_the_package_was_read() -> None:
             "imports vrpo_plugin.reference.sampler",
         ),
         ("patching/a.py", "import torch", "imports torch"),
+        ("hosts/repa.py", "import timm", "imports timm"),
+        ("hosts/a.py", "from vrpo_plugin import VRPOAligner", "imports vrpo_plugin.VRPOAligner"),
+        ("hosts/a.py", "def f():\n    from vrpo_plugin.reference import sit", "imports vrpo_plugin.reference.sit"),
+        ("launch.py", "import torch", "imports torch"),
+        ("cli.py", "from vrpo_plugin.hosts import report", "imports vrpo_plugin.hosts.report"),
         ("surprise.py", "", "vrpo_plugin.surprise belongs to no layer"),
     ],
 )
@@ -166,9 +252,12 @@ def test_a_wrong_import_is_reported(tmp_path: Path, path: str, source: str, repo
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("__init__.py", "from vrpo_plugin.modules.aligner import VRPOAligner"),
-        ("cli.py", "import yaml\nfrom vrpo_plugin.evaluation import protocol"),
-        ("hosts/repa.py", "import timm\nfrom vrpo_plugin import VRPOAligner"),
+        (
+            "__init__.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from vrpo_plugin.modules import aligner",
+        ),
+        ("cli.py", "def f():\n    from vrpo_plugin.hosts import report"),
+        ("hosts/a.py", "from torch import nn\nfrom vrpo_plugin.modules.aligner import VRPOAligner"),
         ("encoders.py", "import json\n\ndef f():\n    import timm.models"),
         ("reference/a.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from PIL import Image"),
         ("reference/a.py", "import timm\nfrom vrpo_plugin.reference import sit\nfrom . import sampler"),

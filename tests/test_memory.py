@@ -12,7 +12,7 @@ from fakes.tiny_sit import TinySiT, align, denoising_loss, make_batch, tiny_alig
 from torch import Tensor
 
 from vrpo_plugin.functional.rewards import RewardState
-from vrpo_plugin.hosts.session import Tracker
+from vrpo_plugin.hosts.metrics import Tracker
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},

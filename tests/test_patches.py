@@ -11,7 +11,7 @@ from hosts.host_runs import checkout
 
 from vrpo_plugin.hosts.base import HostSpec
 from vrpo_plugin.hosts.known import HOSTS
-from vrpo_plugin.patching.source import Insertion, blob_id, format_patch, patch_file, read_state
+from vrpo_plugin.patching.source import Insertion, patch_file, read_state
 
 PATCHES = Path(__file__).resolve().parents[1] / "patches"
 README = (PATCHES / "README.md").read_text("utf-8")
@@ -65,25 +65,26 @@ def test_there_is_one_patch_per_script_and_no_other() -> None:
     assert len({*files}) == len(files) == 9
 
 
-@each_script
-def test_the_patch_is_what_the_spec_gives(script: Script) -> None:
-    text = script.file.read_bytes().decode()
-    (commit,) = script.insertion.blobs
-    number = line_number(text)
-    assert text == format_patch(script.insertion, repository=script.spec.repository, commit=commit, line_number=number)
+def commit_of(script: Script) -> str:
+    (commit,) = script.spec.model.fingerprints
+    return commit
 
 
 @each_script
-def test_the_patch_holds_no_line_of_the_host(script: Script) -> None:
-    lines = script.file.read_text().splitlines()
-    hunk = lines[next(i for i, line in enumerate(lines) if line.startswith("@@")) + 1 :]
-    assert hunk == ["+" + script.insertion.line]
+def test_the_patch_is_one_line_of_ours_and_no_line_of_the_host(script: Script) -> None:
+    head, _, hunk = script.file.read_bytes().decode().partition(f"diff --git a/{script.insertion.file} b/")
+    for word in (f"# repository: {script.spec.repository}\n", f"# commit: {commit_of(script)}\n", "vrpo patch ROOT"):
+        assert word in head
+    assert all(line.startswith("#") for line in head.splitlines())
+    assert re.search(r"^# blob: [0-9a-f]{40}$", head, re.M) and f"git hash-object {script.insertion.file}" in head
+    lines = hunk.splitlines()
+    assert lines[1:3] == [f"--- a/{script.insertion.file}", f"+++ b/{script.insertion.file}"]
+    assert lines[3].startswith("@@ ") and lines[4:] == ["+" + script.insertion.line]
 
 
 @each_script
 def test_readme_lists_the_patch(script: Script) -> None:
-    (commit,) = script.insertion.blobs
-    name, where = script.file.name, f"{script.spec.repository}@{commit}"
+    name, where = script.file.name, f"{script.spec.repository}@{commit_of(script)}"
     assert f"| [{name}]({name}) | {where} | `{script.insertion.file}` |\n" in README
 
 
@@ -100,15 +101,21 @@ model = dict(
 @pytest.fixture
 def shifted(tmp_path: Path) -> tuple[Path, Path, Insertion]:
     """A patch, and a checkout whose script has one line less above than the patch knows."""
-    line = "import vrpo_plugin; vrpo_plugin.apply_vrpo_to_repa()  # vrpo-plugin"
-    insertion = Insertion("train.py", "from loss import SILoss", line, {"0123456": blob_id(SOURCE.encode())})
-    text = format_patch(insertion, repository="a/b", commit="0123456", line_number=2)
+    insertion = HOSTS["repa"].insertions[0]
+    text = (PATCHES / "repa-train.patch").read_text()
+    text = re.sub(r"^@@ .* @@$", "@@ -2,0 +3 @@", text, flags=re.M)
+    text = re.sub(r"^# blob: \w+$", f"# blob: {hash_object(tmp_path, SOURCE)}", text, flags=re.M)
     (tmp_path / "one.patch").write_text(text)
     folder = tmp_path / "host"
     folder.mkdir()
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     (folder / "train.py").write_text(SOURCE.replace("import os\n", ""))
     return folder, tmp_path / "one.patch", insertion
+
+
+def hash_object(folder: Path, source: str) -> str:
+    command = ["git", "hash-object", "--stdin"]
+    return subprocess.run(command, cwd=folder, input=source, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def test_git_alone_puts_the_line_into_the_middle_of_a_call(shifted: tuple[Path, Path, Insertion]) -> None:
@@ -120,7 +127,7 @@ def test_git_alone_puts_the_line_into_the_middle_of_a_call(shifted: tuple[Path, 
 
 def test_an_index_line_does_not_stop_git(shifted: tuple[Path, Path, Insertion]) -> None:
     folder, patch, insertion = shifted
-    index = f"index {insertion.blobs['0123456']}..{'1' * 40} 100644\n--- a/"
+    index = f"index {hash_object(folder, SOURCE)}..{'1' * 40} 100644\n--- a/"
     patch.write_text(patch.read_text().replace("--- a/", index))
     assert git_apply(folder, patch) == 0
     assert insertion.line in (folder / "train.py").read_text()
@@ -131,13 +138,8 @@ def test_the_comparison_of_the_readme_tells_them_apart(shifted: tuple[Path, Path
     blob = re.search(r"^# blob: (\w+)$", patch.read_text(), re.M)
     assert blob is not None
 
-    def hash_object() -> str:
-        command = ["git", "hash-object", "train.py"]
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-
-    assert hash_object() != blob[1]
-    (folder / "train.py").write_text(SOURCE)
-    assert hash_object() == blob[1]
+    assert hash_object(folder, (folder / "train.py").read_text()) != blob[1]
+    assert hash_object(folder, SOURCE) == blob[1]
 
 
 def test_vrpo_patch_finds_the_place(shifted: tuple[Path, Path, Insertion]) -> None:
@@ -159,7 +161,8 @@ def test_git_applies_the_patch_to_the_real_script_as_vrpo_does(script: Script, t
     by_git, by_vrpo = tmp_path / "git", tmp_path / "vrpo"
     subprocess.run(["git", "init", "-q"], cwd=by_git, check=True)
     state = read_state(by_vrpo, script.insertion)
-    assert state.status == "clean" and state.commit in script.insertion.blobs
+    assert state.status == "ready"
+    assert f"# blob: {hash_object(by_git, before.decode())}\n" in script.file.read_text()
     assert state.line_number == line_number(script.file.read_text())
     assert git_apply(by_git, script.file, "--check") == 0
     assert git_apply(by_git, script.file) == 0

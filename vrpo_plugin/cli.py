@@ -16,10 +16,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     ``check`` ends with status 1 too where VRPO could not be applied.
     """
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="vrpo", description="VRPO for REPA codebases.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    _add_train_critic(commands)
+    _add_train_critic(commands, with_settings="train-critic" in argv)
     _add_check(commands)
     _add_patch(commands)
     _add_export(commands)
@@ -33,16 +34,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(status)
 
 
-def _add_train_critic(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    from vrpo_plugin.pretrain import CriticTraining
-
+def _add_train_critic(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", *, with_settings: bool) -> None:
     command = commands.add_parser(
         "train-critic",
-        help="train a critic beforehand",
-        description="Trains a critic from images or REPA's cached latents and a frozen encoder. On several GPUs: "
+        help="pretrain a critic",
+        description="Pretrains a critic from images or REPA's cached latents and a frozen encoder. On several GPUs: "
         "accelerate launch -m vrpo_plugin.cli train-critic ... Use it by critic_checkpoint=, frozen by "
         "critic_trainable=False.",
     )
+    command.set_defaults(run=_train_critic)
+    if not with_settings:  # they are torch's to import, which the other commands do without
+        return
+    from vrpo_plugin.pretrain import CriticTraining
+
     for f in fields(CriticTraining):
         kind = {int: int, float: float}.get(f.type, str)  # type: ignore[arg-type]
         required = f.default is MISSING
@@ -54,7 +58,6 @@ def _add_train_critic(commands: "argparse._SubParsersAction[argparse.ArgumentPar
             default=None if required else f.default,
             help=text,
         )
-    command.set_defaults(run=_train_critic)
 
 
 def _train_critic(**settings: object) -> None:
@@ -69,8 +72,9 @@ def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     command = commands.add_parser(
         "check",
         help="say which host a checkout is, and what would be done to it",
-        description="Compares a checkout's seams and scripts with the verified commits, and writes nothing. "
-        "Exit status 0 where VRPO can be applied to every host found, else 1.",
+        description="Says first whether VRPO can be applied; then compares a checkout's seams and scripts with the "
+        "verified commits, and lists what is replaced process-wide. Writes nothing. Exit status 0 where VRPO can be "
+        "applied to every host found, else 1.",
     )
     _add_host_options(command)
     _add_allow_unverified(command)
@@ -78,16 +82,17 @@ def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _check(root: Path, host: str | None, allow_unverified: bool) -> int:
-    from vrpo_plugin.hosts.report import describe_host, describe_result, say
+    from vrpo_plugin.hosts.report import describe_host, describe_result, say, why_not
     from vrpo_plugin.hosts.tree import hosts_in
 
     allow_unverified = allow_unverified or _unverified_by_environment()
-    all_apply = True
-    for place in hosts_in(root, host):
-        applies, lines = describe_result(place.spec, place.folder, root, allow_unverified=allow_unverified)
-        all_apply = all_apply and applies
-        say([*describe_host(place.spec, place.folder), *lines])
-    return 0 if all_apply else 1
+    found = [(one.spec, one.folder) for one in hosts_in(root, host)]
+    refusals = [why_not(spec, folder, allow_unverified=allow_unverified) for spec, folder in found]
+    for (spec, folder), refusal in zip(found, refusals, strict=True):
+        say(describe_result(spec, folder, root, refusal, host))
+    for spec, folder in found:
+        say(describe_host(spec, folder))
+    return 1 if any(refusals) else 0
 
 
 def _add_patch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -130,7 +135,11 @@ def _add_host_options(command: argparse.ArgumentParser) -> None:
     from vrpo_plugin.hosts.known import HOSTS
 
     command.add_argument("root", type=Path, metavar="ROOT", help="folder of the checkout")
-    command.add_argument("--host", metavar="NAME", help=f"{', '.join(HOSTS)}; by default all that ROOT holds")
+    command.add_argument(
+        "--host",
+        metavar="NAME",
+        help=f"{', '.join(HOSTS)}; or a HostSpec of yours, file.py:NAME or module:NAME; by default all that ROOT holds",
+    )
 
 
 def _add_allow_unverified(command: argparse.ArgumentParser) -> None:

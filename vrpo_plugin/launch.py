@@ -11,22 +11,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vrpo_plugin._version import __version__
-from vrpo_plugin.config import check_keys
-from vrpo_plugin.errors import ConfigError, HostNotFoundError, VRPOError, explain
+from vrpo_plugin.config import VRPOConfig, check_keys
+from vrpo_plugin.errors import ConfigError, HostNotFoundError, PatchConflictError, VRPOError, explain
 from vrpo_plugin.hosts.apply import apply_vrpo
 from vrpo_plugin.hosts.base import HostSpec
+from vrpo_plugin.hosts.checks import changes_nothing, check_settings
 from vrpo_plugin.hosts.known import find_spec, host_of_script
-from vrpo_plugin.hosts.options import FLAGS, KEYS, parse_value, resolve_settings
-from vrpo_plugin.hosts.report import describe_host, describe_settings, say
-from vrpo_plugin.hosts.session import is_main_process, never_fired
+from vrpo_plugin.hosts.metrics import is_main_process
+from vrpo_plugin.hosts.options import FLAGS, KEYS, HostOptions, parse_value, resolve_settings
+from vrpo_plugin.hosts.pixels import read_critic_targets
+from vrpo_plugin.hosts.report import describe_host, describe_result, describe_settings, say, why_not
+from vrpo_plugin.hosts.wrap import patch_bypassed
 from vrpo_plugin.patching.handle import PatchHandle
 
 PREFIX = "--vrpo-"
 USAGE = f"""usage: accelerate launch -m vrpo_plugin.launch [--vrpo-KEY VALUE ...] train.py [the script's own arguments]
 
 --vrpo-config FILE   YAML or JSON with any of the keys below; VRPO_CONFIG names one too
---vrpo-host NAME     the host, where its files do not tell
---vrpo-dry-run       say what would be patched, and stop
+--vrpo-host NAME     the host, where its files do not tell; or a HostSpec of yours: file.py:NAME or module:NAME
+--vrpo-dry-run       say what would be patched, and stop; exit status 1 where applying would be refused
 --vrpo-KEY VALUE     any key of VRPOConfig and HostOptions:
                      {", ".join(sorted(key.replace("_", "-") for key in KEYS))}
 
@@ -89,7 +92,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"{type(error).__name__}: {error}")
     if prepared is None:
         return
-    runpy.run_path(str(command.script), run_name="__main__")
+    try:
+        runpy.run_path(str(command.script), run_name="__main__")
+    except VRPOError as error:
+        do = ""
+        if isinstance(error, PatchConflictError):  # the one line is in the script, with settings of its own
+            do = f" {command.script} may hold the one line: give all settings there, or take it out by 'vrpo unpatch'."
+        sys.exit(f"{type(error).__name__}: {error}{do}")
     check_fired(*prepared)
 
 
@@ -100,7 +109,7 @@ def prepare(command: Command) -> tuple[HostSpec, PatchHandle] | None:
         The host and the handle, or None after a dry run.
 
     Raises:
-        VRPOError: the script, its host or the settings are not right.
+        VRPOError: the script, its host or the settings are not right; after a dry run too.
     """
     if not os.path.isfile(command.script):
         raise HostNotFoundError(
@@ -108,10 +117,17 @@ def prepare(command: Command) -> tuple[HostSpec, PatchHandle] | None:
         )
     config, options = resolve_settings(command.settings, file=command.config)
     host = command.host or os.environ.get("VRPO_HOST")
-    spec = find_spec(host) if host else host_of_script(command.script)
     folder = command.script.resolve().parent
+    spec = find_spec(host, folder) if host else host_of_script(command.script)
     if command.dry_run:
-        say([*describe_host(spec, folder), *describe_settings(spec, config, options)])
+        refusal = _refusal(spec, folder, config, options)
+        if is_main_process():
+            say(describe_result(spec, folder, folder, refusal, host))
+            say([*describe_host(spec, folder), *describe_settings(config, options)])
+            if refusal is not None:
+                raise refusal
+        if refusal is not None:
+            sys.exit(1)  # said by the main process
         return None
     sys.argv = [str(command.script), *command.arguments]
     # As for 'python train.py': the script's folder, and not the current one, which '-m' puts there.
@@ -119,9 +135,22 @@ def prepare(command: Command) -> tuple[HostSpec, PatchHandle] | None:
         del sys.path[0]
     sys.path.insert(0, str(folder))
     handle = apply_vrpo(spec, config, options=options)
+    handle.launched = True
     if is_main_process():
-        print(f"vrpo_plugin {__version__}: {spec.repository}: {', '.join(handle.seams)}", file=sys.stderr)
+        what = ", ".join([*handle.seams, *handle.hooks])
+        print(f"vrpo_plugin {__version__}: {spec.repository}: {what}", file=sys.stderr)
     return spec, handle
+
+
+def _refusal(spec: HostSpec, folder: Path, config: VRPOConfig, options: HostOptions) -> VRPOError | None:
+    """What applying would raise; imports nothing of the host."""
+    try:
+        check_settings(spec, config, options)
+        if spec.encoder == "critic" and not changes_nothing(spec, config):
+            read_critic_targets(config, spec.name)
+    except VRPOError as error:
+        return error
+    return why_not(spec, folder, allow_unverified=options.allow_unverified)
 
 
 def check_fired(spec: HostSpec, handle: PatchHandle) -> None:
@@ -130,9 +159,9 @@ def check_fired(spec: HostSpec, handle: PatchHandle) -> None:
     Raises:
         HostChangedError: so it was.
     """
-    silent = [label for label in spec.counted if not handle.fired[label]]
+    silent = [label for label in spec.must_run if not handle.fired[label]]
     if silent:
-        raise never_fired(spec, ", ".join(silent))
+        raise patch_bypassed(spec, ", ".join(silent))
 
 
 if __name__ == "__main__":

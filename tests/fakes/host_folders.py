@@ -57,7 +57,7 @@ def fake_spec(name: str) -> HostSpec:
         spec,
         model=here(spec.model),
         loss=None if spec.loss is None else here(spec.loss),
-        points=tuple(here(point) for point in spec.points),
+        verified=tuple(here(point) for point in spec.verified),
     )
 
 
@@ -75,7 +75,7 @@ class FakeHost:
 
     @property
     def model_class(self) -> type[nn.Module]:
-        return getattr(self.module(self.spec.model.file.removesuffix(".py").replace("/", ".")), self.spec.model_class)
+        return getattr(self.module(self.spec.model.module), self.spec.model_class)
 
     @property
     def compared(self) -> int:
@@ -90,7 +90,7 @@ class FakeHost:
     def apply(self, folder: Path, *, compat: Any = "all", **settings: Any) -> PatchHandle:
         """Applies VRPO in small sizes; in ``folder`` lie the files that a host without an encoder needs."""
         options = HostOptions(compat=compat)
-        if self.spec.needs_encoder:
+        if self.spec.encoder == "pixels":
             options = replace(options, encoder=ENCODER, encoder_checkpoint=str(encoder_file(folder)))
         if self.name == "lightningdit":
             settings = {"critic_checkpoint": str(critic_file(folder)), "critic_trainable": False, **settings}

@@ -10,7 +10,6 @@ import pytest
 from vrpo_plugin.hosts.base import HostSpec
 from vrpo_plugin.hosts.known import HOSTS
 from vrpo_plugin.patching.fingerprint import SourcePoint, find_definition, fingerprint, read_tree
-from vrpo_plugin.patching.source import Insertion, blob_id
 
 COMMIT = "0123456"
 SCRIPT = """\
@@ -39,9 +38,9 @@ def of_repository(name: str) -> list[HostSpec]:
 def write_tree(root: Path, name: str) -> Path:
     """Writes the repository of a host, as small as its specs allow; nothing of it can be run."""
     for spec in of_repository(name):
-        sources: dict[str, str] = dict.fromkeys(spec.files, "")
-        for file in {point.file for point in spec.all_points}:
-            sources[file] = _definitions([point for point in spec.all_points if point.file == file])
+        sources: dict[str, str] = {}
+        for file in spec.files:
+            sources[file] = _definitions([point for point in spec.points if point.file == file])
         for one in spec.insertions:
             sources[one.file] = SCRIPT.format(anchor=one.anchor)
         for file, source in sources.items():
@@ -63,8 +62,7 @@ def verify_as_it_is(root: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> N
                 spec,
                 model=_known(folder, spec.model),
                 loss=_known(folder, spec.loss) if spec.loss else None,
-                points=tuple(_known(folder, point) for point in spec.points),
-                insertions=tuple(_known_script(folder, one) for one in spec.insertions),
+                verified=tuple(_known(folder, point) for point in spec.verified),
             ),
         )
 
@@ -88,15 +86,13 @@ def _definitions(points: Iterable[SourcePoint]) -> str:
     methods: dict[str, list[str]] = {}
     for point in points:
         owner, _, method = point.name.rpartition(".")
-        methods.setdefault(owner, []).append(f"    def {method}({', '.join(point.parameters)}):\n        return 1\n")
-    return "\n\n".join(f"class {owner}:\n" + "\n".join(ones) for owner, ones in methods.items())
+        space = "    " if owner else ""
+        text = f"{space}def {method}({', '.join(point.parameters)}):\n{space}    return 1\n"
+        methods.setdefault(owner, []).append(text)
+    return "\n\n".join((f"class {owner}:\n" if owner else "") + "\n".join(ones) for owner, ones in methods.items())
 
 
 def _known(folder: Path, point: SourcePoint) -> SourcePoint:
     node = find_definition(read_tree(folder / point.file), point.name)
     assert node is not None
     return replace(point, fingerprints={COMMIT: fingerprint(node)})
-
-
-def _known_script(folder: Path, one: Insertion) -> Insertion:
-    return replace(one, blobs={COMMIT: blob_id((folder / one.file).read_bytes())})

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from fakes.host_folders import FakeHost, Run, fake_host
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
@@ -40,6 +39,7 @@ class Case:
         saved_by: whether the checkpoint to resume from is of a "plain" or a "patched" run.
         environ: variables with which it breaks; None takes one away. It works without that change.
         checks: what else is so where it is cured.
+        told: the log says when it was used; not where torch's own list of safe types does it.
     """
 
     host: str
@@ -51,6 +51,7 @@ class Case:
     saved_by: str | None = None
     environ: Mapping[str, str | None] = field(default_factory=dict)
     checks: Callable[[Path, Run], None] = lambda folder, run: None
+    told: bool = True
 
 
 RESUMED = ("--resume-step", 1, "--output-dir", "{folder}")
@@ -84,8 +85,8 @@ CASES = {
         "GLOBAL argparse.Namespace was not an allowed global",
         RESUMED,
         RESUMED,
-        seam=lambda host: (torch, "load"),
         saved_by="patched",
+        told=False,
     ),
     "sit_s": Case("repa", RuntimeError, "shapes cannot be multiplied", ("--model", "SiT-S/2")),
     "qk_norm": Case(
@@ -109,7 +110,7 @@ CASES = {
         ValueError,
         "Unsupported logging capability: none",
         ("--report-to", "none"),
-        seam=lambda host: (Accelerator, "__init__"),
+        seam=lambda host: (argparse.ArgumentParser, "parse_args"),
     ),
     "dynamo_ema": Case(
         "repa",
@@ -125,7 +126,7 @@ CASES = {
         AttributeError,
         "'Namespace' object has no attribute 'cont_dir'",
         ("--resume-step", 1, "--continue-train-exp-dir", "{folder}"),
-        seam=lambda host: (argparse.Namespace, "cont_dir"),
+        seam=lambda host: (argparse.ArgumentParser, "parse_args"),
         saved_by="patched",
     ),
     "fresh_optimizer": Case(
@@ -138,7 +139,6 @@ CASES = {
         saved_by="plain",
     ),
 }
-LASTING = ("wandb_entity",)  # it changes the process for good: the breakage does not come back
 
 
 @dataclass
@@ -195,7 +195,7 @@ def assert_cured(broken: Broken, name: str, run: Run, caplog: Any) -> None:
     broken.case.checks(broken.folder, run)
     assert len(run.logs) == (1 if broken.case.saved_by else 2)
     message = f"vrpo_plugin compat {name}: {SHIMS[name].reason} ({SHIMS[name].issue})"
-    assert reports(caplog) == [message]
+    assert reports(caplog) == ([message] if broken.case.told else [])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -211,7 +211,7 @@ def test_the_cure_alone_is_told_once_and_goes(name: str, tmp_path: Path, monkeyp
         handle.remove()
         assert vars(owner).get(attribute) is before and (attribute in vars(owner)) == (before is not None)
         with broken.apply("none"):
-            broken.train(case.breaks) if name in LASTING else broken.train_and_break()
+            broken.train_and_break()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -233,7 +233,7 @@ def test_where_nothing_is_broken_nothing_is_changed(name: str, which: str, tmp_p
         if case.works == RESUMED:
             broken.save()
         plain = broken.train(case.works)
-        features = "none" if host.spec.needs_encoder else "host"
+        features = "none" if host.spec.encoder == "pixels" else "host"
         with broken.apply([name] if which == "alone" else "all", reward_coeff=0.0, features=features):
             cured = broken.train(case.works)
     assert len(plain.logs) == (1 if case.works == RESUMED else 2)

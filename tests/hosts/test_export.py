@@ -20,6 +20,7 @@ from vrpo_plugin.functional.rewards import RewardState
 from vrpo_plugin.hosts import checkpoint as module
 from vrpo_plugin.hosts.aligner import HostAligner
 from vrpo_plugin.hosts.checkpoint import export_checkpoint, is_aligner_parameter, without_aligner
+from vrpo_plugin.hosts.guard import make_fused
 
 STEPS = 3
 
@@ -149,6 +150,20 @@ def test_the_exported_optimizer_goes_on_in_the_plain_model(groups: bool, tmp_pat
     train(model, optimizer, steps=2, first=STEPS)
     train(plain, plain_optimizer, steps=2, first=STEPS)
     assert_same(plain.state_dict(), model.state_dict())
+
+
+def test_the_exported_optimizer_is_the_plain_hosts_kind(tmp_path: Path, out: Path) -> None:
+    """The run asked for a fused one; the unpatched host did not."""
+    model, ema, optimizer = patched_run()
+    make_fused(optimizer)
+    source = save(tmp_path / "c.pt", checkpoint_of(model, ema, optimizer))
+    assert load(source)["opt"]["param_groups"][0]["fused"] is True
+    export_checkpoint(source, out)
+    plain = torch.optim.AdamW(NormedSiT().parameters())
+    plain.load_state_dict(load(out)["opt"])
+    assert [group["fused"] for group in plain.param_groups] == [None]
+    export_checkpoint(out, tmp_path / "again.pt")  # it holds no aligner: it is the host's own, whatever its kind
+    assert load(tmp_path / "again.pt")["opt"]["param_groups"] == load(out)["opt"]["param_groups"]
 
 
 def test_safetensors_holds_the_ema_alone(run: tuple, source: Path, out: Path) -> None:

@@ -177,7 +177,6 @@ def test_a_run_from_before_the_plugin_goes_on_with_it(
         "the checkpoint holds no aligner (it was saved without vrpo_plugin)",
         "vrpo_plugin compat fresh_optimizer",
         "vrpo_plugin compat one_process",
-        "vrpo_plugin compat resume",
     ]
     assert NO_ALIGNER in messages(caplog)
     assert_same(of_host(start.model), model)
@@ -228,6 +227,25 @@ def test_an_exported_run_goes_on_without_the_plugin(name: str, checkpoints: Path
     assert_same(start.moments, of_host(state))
     assert len(run.logs) == 3 and len({*run.parameters}) == 3
     assert {int(one["step"]) for one in moments(run.model, run.optimizer).values()} == {6}
+
+
+def test_weight_zero_refuses_a_checkpoint_with_an_aligner_and_says_the_way_out(
+    checkpoints: Path, tmp_path: Path
+) -> None:
+    nothing = {"reward_coeff": 0.0, "features": "host"}
+    with fake_host("repa") as host:
+        with host.apply(tmp_path):
+            train(host, checkpoints, 3)
+        raw = checkpoints / "0000003.pt"
+        with host.apply(tmp_path, **nothing):
+            with pytest.raises(CheckpointError, match=r"expected one without an aligner.*'vrpo export CKPT OUT\.pt'"):
+                train(host, checkpoints, 6, first=3)
+            export_checkpoint(raw, tmp_path / "exported.pt")
+            os.replace(tmp_path / "exported.pt", raw)
+            run, _ = train(host, checkpoints, 6, first=3)
+            save(host, run, raw)  # one of its own loads as ever
+            train(host, checkpoints, 6, first=3)
+    assert len(run.logs) == 3 and "vrpo.step" not in run.model.state_dict()
 
 
 # ---- another aligner ----

@@ -12,7 +12,7 @@ from torch import nn
 
 from vrpo_plugin import NonFiniteError, apply_vrpo
 from vrpo_plugin.errors import ConfigError
-from vrpo_plugin.hosts.guard import check_skipped, use_fused
+from vrpo_plugin.hosts.guard import check_skipped, make_fused
 from vrpo_plugin.hosts.options import HostOptions
 from vrpo_plugin.patching.handle import PatchHandle
 
@@ -39,10 +39,10 @@ def train(host: FakeHost, watch: Callable[..., None], **arguments: Any) -> Run:
     return host.train(count, STEPS, watch=watch, **arguments)
 
 
-def with_limit(host: FakeHost, folder: Path, limit: int) -> PatchHandle:
+def with_limit(host: FakeHost, folder: Path, limit: int, **more: Any) -> PatchHandle:
     with host.apply(folder) as handle:
         config, options = handle.config
-    return apply_vrpo(host.spec, config, options=replace(options, max_skipped_steps=limit))
+    return apply_vrpo(host.spec, config, options=replace(options, max_skipped_steps=limit, **more))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -65,11 +65,33 @@ def test_a_step_that_is_not_finite_is_left_out(name: str, tmp_path: Path) -> Non
 def test_without_the_guard_the_host_is_lost(name: str, tmp_path: Path) -> None:
     with fake_host(name) as host:
         with host.apply(tmp_path) as handle:
-            assert "torch.optim.AdamW.step" in handle.seams
+            assert "torch.optim step hooks" in handle.hooks
         with with_limit(host, tmp_path, 0) as handle:
-            assert "torch.optim.AdamW.step" not in handle.seams
+            assert "torch.optim step hooks" not in handle.hooks
             run = train(host, spoil(2))
     assert not all(torch.isfinite(p).all() for p in run.model.parameters())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ["repa", "dit"])
+def test_the_optimizer_stays_the_hosts_kind_unless_asked(name: str, fused: bool, tmp_path: Path) -> None:
+    with fake_host(name) as host, with_limit(host, tmp_path, 100, fused_optimizer=fused):
+        method = torch.optim.AdamW.step
+        run = train(host, spoil(2))
+    assert torch.optim.AdamW.step is method  # torch's own hooks are used, and nothing is replaced
+    assert {bool(group["fused"]) for group in run.optimizer.param_groups} == {fused}
+    first, second, third, fourth = run.parameters
+    assert first == second and len({second, third, fourth}) == 3
+    assert all(torch.isfinite(value).all() for value in run.model.state_dict().values())
+
+
+def test_a_run_with_no_step_left_out_is_the_optimizers_own_to_the_bit(tmp_path: Path) -> None:
+    with fake_host("repa") as host:
+        with host.apply(tmp_path):
+            guarded = train(host, spoil())
+        with with_limit(host, tmp_path, 0):
+            alone = train(host, spoil())
+    assert guarded.parameters == alone.parameters and len({*alone.parameters}) == STEPS
 
 
 def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
@@ -98,7 +120,7 @@ def test_moments_from_before_the_plugin_go_on() -> None:
     optimizers = [torch.optim.AdamW(model.parameters(), lr=0.1) for model in models]
     for step in range(4):
         if step == 2:
-            use_fused(optimizers[1])
+            make_fused(optimizers[1])
         for model, optimizer in zip(models, optimizers, strict=True):
             optimizer.zero_grad()
             model(torch.tensor([[1.0, step]])).square().sum().backward()

@@ -78,6 +78,7 @@ def test_a_file_can_hold_every_key(kind: str, tmp_path: Path) -> None:
         "allow_unverified": True,
         "log_every": 100,
         "max_skipped_steps": 100,
+        "fused_optimizer": False,
     }
     values |= {"encoder": "a", "encoder_checkpoint": "b"}
     assert values.keys() == KEYS
@@ -163,7 +164,7 @@ def test_yaml_as_people_write_it(tmp_path: Path) -> None:
 def test_plain_words_and_flags() -> None:
     assert parse_value("a-word") == "a-word"
     assert parse_value("a=1,b=x") == {"a": 1, "b": "x"}
-    assert {"critic_trainable", "fallback", "allow_unverified"} == FLAGS
+    assert {"critic_trainable", "fallback", "allow_unverified", "fused_optimizer"} == FLAGS
 
 
 # ---- objects ----
@@ -181,7 +182,8 @@ def test_encoders_in_code_are_a_path_or_several(tmp_path: Path) -> None:
     [
         *(("allow_unverified", value, "expected True or False, got") for value in ("yes", 1, None)),
         *(("log_every", value, "expected an int >= 0, got") for value in (-1, True, 1.5, "many", None)),
-        *(("encoder", value, "expected a name, or several") for value in (3, None, True)),
+        *(("encoder", value, "expected a name, or several") for value in (3, True)),
+        ("fused_optimizer", "yes", "expected True or False, got"),
         ("encoder_checkpoint", 3, "expected a name, or several"),
     ],
 )

@@ -100,7 +100,7 @@ def test_defaults_train_everything(name: str, tmp_path: Path) -> None:
         plain = train(host, 40)
         with host.apply(tmp_path) as handle:
             run = train(host, 40, watch=follow)
-        assert all(handle.fired[label] for label in host.spec.counted)
+        assert all(handle.fired[label] for label in host.spec.must_run)
     assert run.without_gradient == [[]] * 40
     end, ema = own_parameters(run.model), own_parameters(run.ema)
     frozen = {"pos_embed"} | {k for k in end if k.startswith("vrpo.generation.critic.") and name == "lightningdit"}

@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from fakes.host_folders import RecordingTracker, reset_accelerate
 
-from vrpo_plugin import HostSpec, PatchConflictError, apply_vrpo
+from vrpo_plugin import HostSpec, PatchConflictError, apply_vrpo, cli
 from vrpo_plugin.errors import ConfigError, HostChangedError
 from vrpo_plugin.hosts.aligner import HostAligner
 from vrpo_plugin.patching.handle import active_handles
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "hosts.md").read_text("utf-8")
 FILES = {name: text for text, name in re.findall(r"```python\n(# (\w+\.py)\n.*?)```", PAGE, flags=re.DOTALL)}
-MODULES = ("net", "objective", "my_host")
+MODULES = ("net", "objective", "my_host", "repa_net", "my_repa")
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     for handle in active_handles():
-        if handle.name == "mine":
+        if handle.name in ("mine", "my_repa"):
             handle.remove()
     for name in MODULES:
         sys.modules.pop(name, None)
@@ -65,9 +67,10 @@ def steps(net: ModuleType, objective: ModuleType, count: int = 3) -> tuple[torch
     return model, history
 
 
-def test_the_page_holds_the_four_files_and_a_short_spec() -> None:
-    assert [*FILES] == ["net.py", "objective.py", "my_host.py", "train.py"]
-    assert len([line for line in FILES["my_host.py"].splitlines() if line.strip()]) <= 32
+def test_the_page_holds_its_files_and_short_specs() -> None:
+    assert [*FILES] == ["net.py", "objective.py", "my_host.py", "train.py", "repa_net.py", "my_repa.py"]
+    lengths = {name: len([line for line in FILES[name].splitlines() if line.strip()]) for name in FILES}
+    assert lengths["my_host.py"] <= 32 and lengths["my_repa.py"] <= 45
 
 
 def test_it_trains_and_logs_rewards_and_puts_back_what_it_replaced(folder: Path) -> None:
@@ -82,7 +85,8 @@ def test_it_trains_and_logs_rewards_and_puts_back_what_it_replaced(folder: Path)
         assert all(torch.isfinite(torch.tensor([*row.values()])))
     assert history[0]["vrpo/align_cos"] < history[-1]["vrpo/align_cos"]
     assert isinstance(ran["model"].vrpo, HostAligner)
-    assert handle.seams == ("Net.__init__", "Net.forward", "FlowLoss.__call__", "torch.optim.AdamW.step")
+    assert handle.seams == ("Net.__init__", "Net.forward", "FlowLoss.__call__")
+    assert handle.hooks == ("torch.optim step hooks",)
     assert handle.fired["FlowLoss.__call__"] == 5
     assert handle not in active_handles()
     after = methods(net.Net, objective.FlowLoss)
@@ -102,7 +106,7 @@ def test_the_units_are_converted(folder: Path) -> None:
     (host,) = load("my_host")
     images, noise, s = torch.rand(4, 3, 16, 16), torch.randn(4, 3, 16, 16), torch.rand(4)
     a = s[:, None, None, None]
-    fields = host.SPEC.convert({}, a * images + (1 - a) * noise, s, images - noise)
+    fields = host.SPEC.in_forward({}, a * images + (1 - a) * noise, s, images - noise)
     x0_hat = fields["x_t"] - fields["t"][:, None, None, None] * fields["velocity"]
     torch.testing.assert_close(x0_hat, images)
 
@@ -155,3 +159,77 @@ def test_as_a_script(folder: Path) -> None:
     shown = subprocess.run([sys.executable, "train.py"], capture_output=True, text=True, env=environment, cwd=folder)
     assert shown.returncode == 0, shown.stderr
     assert "vrpo/reward/semantic" in shown.stdout
+
+
+# ---- with an alignment loss of its own ----
+
+
+def aligned_steps(net: ModuleType, count: int = 4) -> tuple[torch.nn.Module, list[tuple[float, float]]]:
+    torch.manual_seed(0)
+    model, loss, z = net.RepaNet(), net.AlignedLoss(), torch.randn(8, 64, 24)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    images, labels, history = torch.rand(8, 3, 16, 16), torch.arange(8), []
+    for _ in range(count):
+        denoising, alignment = loss(model, images, labels, z)
+        assert denoising.shape == alignment.shape == ()
+        optimizer.zero_grad()
+        (denoising + 0.5 * alignment).backward()
+        optimizer.step()
+        history.append((denoising.item(), alignment.item()))
+    return model, history
+
+
+def test_a_host_with_an_alignment_loss_has_it_replaced_by_the_same_cosine(folder: Path) -> None:
+    net, host = load("repa_net", "my_repa")
+    plain, expected = aligned_steps(net)
+    assert net.AlignedLoss.compared == 4 * 8
+    for settings, compared in (({"reward_coeff": 0.0}, 4), ({"reward_coeff": 0.0, "features": "host"}, 4 * 8)):
+        net.AlignedLoss.compared = 0
+        with apply_vrpo(host.SPEC, allow_unverified=True, **settings):
+            model, history = aligned_steps(net)
+        assert net.AlignedLoss.compared == compared
+        torch.testing.assert_close(torch.tensor(history), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    assert history == expected  # nothing was changed
+    assert model.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_its_rewards_train_and_reach_the_tracker(folder: Path) -> None:
+    net, host = load("repa_net", "my_repa")
+    with apply_vrpo(host.SPEC, allow_unverified=True) as handle:
+        assert "accelerate.Accelerator.log" in handle.seams
+        model, history = aligned_steps(net)
+        tracker = RecordingTracker()
+        reset_accelerate()
+        accelerator = Accelerator(cpu=True, log_with=tracker)
+        accelerator.init_trackers("mine")
+        accelerator.log({"alignment": history[-1][1]})
+        accelerator.log({"other": 1.0})
+        reset_accelerate()
+    assert history[-1][1] < history[0][1]
+    row, other = tracker.logged
+    assert {"alignment", "vrpo/align_cos", "vrpo/reward/semantic"} <= row.keys() and other.keys() == {"other"}
+    assert model.projector[0].weight.grad is not None and model.projector[0].weight.grad.any()
+
+
+def test_its_one_line_applies_it_in_its_script(folder: Path) -> None:
+    (folder / "train.py").write_text("from repa_net import RepaNet\nprint(type(RepaNet().vrpo).__name__)\n")
+    cli.main(["patch", str(folder), "--host", "my_repa.py:SPEC", "--allow-unverified"])
+    environment = {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "VRPO_ALLOW_UNVERIFIED": "1"}
+    script = [sys.executable, str(folder / "train.py")]  # from another folder: its own is on sys.path all the same
+    shown = subprocess.run(script, capture_output=True, text=True, env=environment, cwd=folder.parent)
+    assert shown.stdout == "HostAligner\n", shown.stderr
+
+
+def test_it_is_named_on_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "train.py").write_text("from repa_net import RepaNet\n")
+    for host in ("my_repa.py:SPEC", "my_repa:SPEC"):
+        capsys.readouterr()
+        cli.main(["check", str(folder), "--host", host, "--allow-unverified"])
+        first = capsys.readouterr().out.splitlines()[0]
+        assert first.startswith("result      my_repa: can be applied with no line: ")
+        assert f"vrpo_plugin.launch --vrpo-host {host} {folder}/train.py ..." in first
+        cli.main(["patch", str(folder), "--host", host, "--allow-unverified"])
+        line = "import vrpo_plugin; vrpo_plugin.apply_vrpo('my_repa:SPEC')  # vrpo-plugin"
+        assert (folder / "train.py").read_text().splitlines()[1] == line
+        cli.main(["unpatch", str(folder), "--host", host])
+        assert (folder / "train.py").read_text() == "from repa_net import RepaNet\n"

@@ -123,7 +123,7 @@ def test_lightningdit_takes_its_targets_from_a_trained_critic(critic: tuple[str,
     patched = run_host("LightningDiT", tmp_path / "patched", processes=2, launcher=(*LAUNCH, *critic, *features))
     assert patched.losses[0] == plain.losses[0] and patched.losses[1:] != plain.losses[1:]
     refused = run_host("LightningDiT", tmp_path / "refused", processes=2, launcher=LAUNCH, check=False)
-    assert refused.returncode != 0 and "critic_checkpoint: expected a critic trained beforehand" in refused.stderr
+    assert refused.returncode != 0 and "critic_checkpoint: expected a pretrained critic" in refused.stderr
 
 
 @pytest.mark.parametrize("name", ["REPA", "REG"])

@@ -1,7 +1,9 @@
 """A patched host at work: what is refused when its model is made or trained, and where nothing is aligned."""
 
+import argparse
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from vrpo_plugin.modules.critic import LatentCritic, save_critic
 
 HOSTS = tuple(SCRIPTS)
 OTHERS = ("sit", "dit", "lightningdit")
-ROUND = r"expected the patched loss to call the patched model, got a training step that went round the patch\. Run"
+ROUND = r"expected the patched loss to call the patched model, got a training step that bypassed the patch\. Run"
 
 
 @pytest.fixture
@@ -59,7 +61,7 @@ def inputs_of(host: FakeHost, align_only: bool = False) -> tuple[tuple[Any, ...]
 def loss_of(host: FakeHost, model: Any) -> Any:
     """The host's loss of one batch, from one seed."""
     torch.manual_seed(1)
-    if host.spec.needs_encoder:
+    if host.spec.encoder == "pixels":
         host.module("diffusers.models").AutoencoderKL().encode(torch.randn(4, 3, 64, 64).clamp(-1, 1))
     x, y, z = torch.randn(4, 4, 8, 8), {"y": torch.arange(4)}, [torch.randn(4, 17 if host.name == "reg" else 16, 12)]
     if host.name == "dit":
@@ -109,7 +111,9 @@ def test_an_encoder_that_is_not_there(host: FakeHost) -> None:
 
 
 @on("repa", "reg", "irepa", "repae", "lightningdit")
-@pytest.mark.parametrize("given", [{"encoder": "test_vit"}, {"encoder_checkpoint": "weights.pt"}])
+@pytest.mark.parametrize(
+    "given", [{"encoder": "test_vit"}, {"encoder": "dinov2-vit-b"}, {"encoder_checkpoint": "weights.pt"}]
+)
 def test_an_encoder_that_the_host_would_not_use(host: FakeHost, given: dict[str, Any]) -> None:
     (name,) = given
     text = rf"{name}: expected unset: {host.spec.name} trains with .* Set it there\."
@@ -138,6 +142,76 @@ def test_irepas_other_losses_would_be_lost(host: FakeHost, tmp_path: Path, monke
         assert loss_of(host, model_of(host))[2].keys() == {"cosine", "size"}
 
 
+@on("irepa")
+def test_irepa_logs_our_cosine_where_its_own_is_not_run(host: FakeHost, tmp_path: Path) -> None:
+    with host.apply(tmp_path, features="host", reward_coeff=0.0):
+        _, projection, plain = loss_of(host, model_of(host))
+    with host.apply(tmp_path, reward_coeff=0.0):
+        denoising, ours, logged = loss_of(host, model_of(host))
+    assert denoising.shape == (4,) and logged.keys() == plain.keys() | {"cosine_weighted"}
+    assert logged["cosine"] == pytest.approx(plain["cosine"], abs=1e-5) and plain["cosine"] != 0
+    assert logged["cosine_weighted"] == pytest.approx(ours.item()) == pytest.approx(projection.item(), abs=1e-5)
+    assert isinstance(logged["cosine"], float)
+
+
+@on("irepa")
+def test_irepa_without_its_encoders_is_refused_before_anything_is_loaded(host: FakeHost, tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--repa-loss", action=argparse.BooleanOptionalAction, default=False)
+    with host.apply(tmp_path):
+        assert parser.parse_args(["--repa-loss"]).repa_loss
+        with pytest.raises(ConfigError, match=r"irepa: expected --repa-loss, .* got .* without it\. Add --repa-loss"):
+            parser.parse_args([])
+    with host.apply(tmp_path, features="host", reward_coeff=0.0):
+        parser.parse_args([])  # nothing is changed, so nothing is asked
+
+
+@on("repa", "repae")
+@pytest.mark.parametrize("settings", [{}, {"layers": "middle"}, {"projector": "conv"}, {"features": "none"}], ids=str)
+def test_projectors_of_the_host_that_stay_untrained_are_told(
+    host: FakeHost, settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if host.name == "repae":
+        settings = {key: value for key, value in settings.items() if key != "projector"}
+    with host.apply(tmp_path, **settings):
+        model_of(host)
+    told = [record for record in caplog.records if "own projectors get no gradient" in record.getMessage()]
+    assert len(told) == bool(settings)
+
+
+@on("repae")
+def test_a_converted_batch_norm_is_still_tapped(host: FakeHost, tmp_path: Path) -> None:
+    """SyncBatchNorm's conversion makes a new layer without the hooks of the old one; nothing of torch is replaced."""
+    convert = torch.nn.SyncBatchNorm.convert_sync_batchnorm
+    with host.apply(tmp_path):
+        assert torch.nn.SyncBatchNorm.convert_sync_batchnorm == convert
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model_of(host))
+        assert isinstance(model.bn, torch.nn.SyncBatchNorm)
+        hooks = [*model.bn._forward_hooks.values()]
+        assert hooks == [model.vrpo.latent_tap.capture]
+        model.bn = torch.nn.BatchNorm2d(4, affine=False)
+        model.add_module("bn", model.bn)
+        model.add_module("bn", model.bn)
+        assert [*model.bn._forward_hooks.values()] == hooks
+        args, kwargs = inputs_of(host)
+        assert model(*args, **kwargs)["proj_loss"].requires_grad
+
+
+@on("repa")
+def test_a_shim_whose_ground_has_changed_is_left_out_and_told(
+    host: FakeHost, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (shim,) = (one for one in host.spec.shims if one.name == "num_classes")
+    (point,) = shim.verified
+    other = replace(shim, verified=(replace(point, parameters=("model", "x")),))
+    spec = replace(host.spec, shims=tuple(other if one is shim else one for one in host.spec.shims))
+    with host.apply(tmp_path) as handle:
+        assert "samplers.euler_sampler" in handle.seams
+    with apply_vrpo(spec, VRPOConfig(), options=HostOptions()) as handle:
+        assert "samplers.euler_sampler" not in handle.seams
+    assert "compat num_classes: left out: samplers.py: euler_sampler: parameters (model, latents" in caplog.text
+
+
 @on("dit")
 def test_dit_that_predicts_something_else(host: FakeHost, tmp_path: Path) -> None:
     diffusion = host.module("diffusion")
@@ -163,9 +237,7 @@ def test_pixels_that_were_not_seen(host: FakeHost, tmp_path: Path, monkeypatch: 
         monkeypatch.undo()
 
 
-ROUND = (
-    r"expected the patched loss to call the patched model, got a training step that went round the patch\. Run 'vrpo"
-)
+ROUND = r"expected the patched loss to call the patched model, got a training step that bypassed the patch\. Run 'vrpo"
 
 
 @on("repa")
@@ -194,7 +266,7 @@ def test_a_training_step_without_the_patched_loss(host: FakeHost, tmp_path: Path
         model, (args, kwargs) = model_of(host), inputs_of(host)
         with pytest.raises(HostChangedError, match=rf"{host.name}: {host.spec.model.name}: {ROUND}"):
             model(*args, **kwargs)
-        assert handle.fired[host.spec.counted[0]] == 1
+        assert handle.fired[host.spec.must_run[0]] == 1
 
 
 @on(*HOSTS)

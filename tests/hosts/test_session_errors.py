@@ -55,7 +55,7 @@ def attributes(host: FakeHost) -> dict[str, Any]:
     if host.spec.loss is not None:
         module = host.module(host.spec.loss.file.removesuffix(".py").replace("/", "."))
         owners.append(getattr(module, host.spec.loss.name.partition(".")[0]))
-    if host.spec.needs_encoder:
+    if host.spec.encoder == "pixels":
         owners.append(host.module("diffusers.models").AutoencoderKL)
     return {f"{owner.__name__}.{name}": value for owner in owners for name, value in vars(owner).items()}
 
@@ -68,7 +68,7 @@ def on(*names: str) -> Callable[..., Any]:
 
 NOT_OURS = "{}: expected unset: the host's own {} is used, got {}. Set it there."
 NO_ALIGNMENT = "features: expected 'policy' or 'none': {} has no alignment loss of its own, got 'host'. With reward_"
-CRITIC = "critic_checkpoint: expected a critic trained beforehand, and frozen: lightningdit trains on latents without"
+CRITIC = "critic_checkpoint: expected a pretrained critic, and frozen: lightningdit trains on latents without"
 REWARD = "reward_coeff, rewards: expected a reward of the critic, whose tokens are the targets of lightningdit: semant"
 REFUSED = [
     *((name, {"path_type": "cosine"}, ConfigError, NOT_OURS.format("path_type", "path", "cosine")) for name in HOSTS),
@@ -154,7 +154,7 @@ def test_another_body_is_refused_and_can_be_allowed(host: FakeHost, tmp_path: Pa
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        ({"parameters": ("self", "model", "images")}, HostChangedError, "allow_unverified does not waive"),
+        ({"parameters": ("self", "model", "batch")}, HostChangedError, "allow_unverified does not waive"),
         ({"name": "SILoss.call"}, HostNotFoundError, "got no such definition; the nearest is SILoss.__call__"),
         ({"file": "losses.py"}, HostNotFoundError, "expected module losses of sihyun-yu/REPA"),
     ],
@@ -177,9 +177,9 @@ def test_the_same_twice_is_one_patch_and_another_is_a_conflict(host: FakeHost, t
     with host.apply(tmp_path) as handle:
         patched = attributes(host)
         assert host.apply(tmp_path) is handle
-        with pytest.raises(PatchConflictError, match=rf"patch '{host.name}': .*reward_coeff=0\.5.*Call remove\(\)"):
+        with pytest.raises(PatchConflictError, match=rf"patch '{host.name}': .*got reward_coeff .* -> 0\.5\. Call"):
             host.apply(tmp_path, reward_coeff=0.5)
-        with pytest.raises(PatchConflictError, match="compat='none'"):
+        with pytest.raises(PatchConflictError, match=r"got compat .* -> 'none'"):
             host.apply(tmp_path, compat="none")
         assert active_handles() == (handle,)
         assert all(value is patched[name] for name, value in attributes(host).items())

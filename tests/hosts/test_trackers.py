@@ -12,8 +12,8 @@ from torch import Tensor
 
 from vrpo_plugin.config import VRPOConfig
 from vrpo_plugin.hosts.apply import apply_vrpo
+from vrpo_plugin.hosts.metrics import Tracker
 from vrpo_plugin.hosts.options import HostOptions
-from vrpo_plugin.hosts.session import Tracker
 from vrpo_plugin.patching.handle import PatchHandle
 
 FEW = {"vrpo/reward/semantic", "vrpo/weight/perceptual", "vrpo/advantage_abs", "vrpo/norm/x0_hat"}
@@ -113,7 +113,7 @@ def apply_with_text(host: FakeHost, folder: Path, **settings: Any) -> PatchHandl
     options = {"log_every": 2}
     if host.name == "lightningdit":
         settings |= {"critic_checkpoint": str(critic_file(folder)), "critic_trainable": False}
-    elif host.spec.needs_encoder:
+    elif host.spec.encoder == "pixels":
         options |= {"encoder": ENCODER, "encoder_checkpoint": str(encoder_file(folder))}
     return apply_vrpo(host.spec, VRPOConfig(**{**SMALL, **settings}), options=HostOptions(**options))
 

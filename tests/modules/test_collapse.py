@@ -14,7 +14,7 @@ from fakes.tiny_sit import TinySiT, align, denoising_loss, gradients, make_batch
 
 from vrpo_plugin.functional import levels
 from vrpo_plugin.functional.rewards import RewardState
-from vrpo_plugin.hosts.session import Tracker
+from vrpo_plugin.hosts.metrics import Tracker
 from vrpo_plugin.modules.collapse import SIGNALS, WARM_UP, CollapseWatch, describe_collapse
 from vrpo_plugin.modules.standstill import END_LOOK
 

@@ -324,13 +324,52 @@ def test_changed_body_is_refused_unless_allowed(root: Path) -> None:
 
 @pytest.mark.parametrize("allow_unverified", [False, True])
 def test_changed_signature_is_always_refused(root: Path, allow_unverified: bool) -> None:
-    changed = point(parameters=("self", "x", "t"))
+    changed = point(parameters=("self", "x", "s"))
     body = point("sample", fingerprints={"abc1234": "0" * 64})
     assert inspect_point(root, changed).status == "signature"
     with pytest.raises(HostChangedError) as error:
         verify_points(root, [body, changed], allow_unverified=allow_unverified)
-    for part in ("Model.forward", "(self, x, t) as in commit abc1234", "got (self, x, t, y)", "does not waive"):
+    for part in ("Model.forward", "(self, x, s) as in commit abc1234", "got (self, x, t, y)", "does not waive"):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("expected", "there", "appended"),
+    [
+        ("self x", "self, x, y=None", True),
+        ("self x", "self, x, y=None, *, z=1, **more", True),
+        ("self x **more", "self, x, y=None, **more", True),
+        ("self x *args **more", "self, x, *args, z=1, **more", True),
+        ("self x", "self, x, y", False),
+        ("self x", "self, x, *, z", False),
+        ("self x", "self, y=None, x=None", False),
+        ("self x y", "self, x, z=0, y=None", False),
+        ("self x *args", "self, x, y=None, *args", False),  # a second argument by place would be y
+        ("self x y", "self, x", False),
+        ("self x y", "self, y, x", False),
+    ],
+)
+def test_appended_parameters_with_defaults_can_be_waived(
+    tmp_path: Path, expected: str, there: str, appended: bool
+) -> None:
+    """They take every call that the known version takes."""
+    (tmp_path / "a.py").write_text(f"class A:\n    def __init__({there}): pass\n", "utf-8")
+    for name in ("A.__init__", "A"):
+        wanted = SourcePoint("a.py", name, tuple(expected.split()), {"abc1234": "0" * 64})
+        assert inspect_point(tmp_path, wanted).status == ("changed" if appended else "signature")
+        waived = "more parameters, which have defaults .*allow_unverified=True" if appended else "does not waive"
+        with pytest.raises(HostChangedError, match=waived):
+            verify_points(tmp_path, [wanted])
+        if appended:
+            assert verify_points(tmp_path, [wanted], allow_unverified=True)[0].commit is None
+
+
+def test_the_command_that_an_error_suggests_can_be_pasted(tmp_path: Path) -> None:
+    folder = tmp_path / "my host"
+    folder.mkdir()
+    (folder / "model.py").write_text(MODEL, "utf-8")
+    with pytest.raises(HostChangedError, match=f"run 'vrpo check '.*{folder}''"):
+        verify_points(folder, [point(fingerprints={"abc1234": "0" * 64})])
 
 
 @pytest.mark.parametrize(

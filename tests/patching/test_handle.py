@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vrpo_plugin import HostNotFoundError, PatchConflictError
-from vrpo_plugin.patching.handle import MARKER, PatchHandle, Seam, active_handles, apply_patch
+from vrpo_plugin.patching.handle import MARKER, Hook, PatchHandle, Seam, active_handles, apply_patch
 
 
 class Base:
@@ -455,3 +455,47 @@ def test_any_set_of_seams_is_replaced_whole_or_not_at_all(names: list[str], fail
         now = vars(Host)
         assert {name for name in NAMES if now.get(name) is not before[1].get(name)} == set(names)
     assert same(snapshot(Base, Host), before)
+
+
+def hook(events: list[str], name: str, fails: bool = False) -> Hook:
+    def add() -> Callable[[], object]:
+        if fails:
+            raise OSError(name)
+        events.append(f"+{name}")
+        return lambda: events.append(f"-{name}")
+
+    return Hook(name, add)
+
+
+def test_hooks_are_added_after_the_seams_and_taken_away_last_first() -> None:
+    events: list[str] = []
+    seam = Seam(Host, "sibling", lambda original: functools.wraps(original)(lambda self: "new"), "Host.sibling")
+    with apply_patch("toy", 1, [hook(events, "a"), seam, hook(events, "b")]) as handle:
+        assert (handle.seams, handle.hooks) == (("Host.sibling",), ("a", "b"))
+        assert apply_patch("toy", 1, [seam]) is handle and events == ["+a", "+b"]
+    assert events == ["+a", "+b", "-b", "-a"]
+    handle.remove()
+    assert len(events) == 4
+
+
+def test_a_hook_that_fails_leaves_nothing() -> None:
+    events: list[str] = []
+    original = vars(Host)["sibling"]
+    seam = Seam(Host, "sibling", lambda original: functools.wraps(original)(lambda self: "new"), "Host.sibling")
+    with pytest.raises(OSError, match="b"):
+        apply_patch("toy", 1, [seam, hook(events, "a"), hook(events, "b", fails=True)])
+    assert events == ["+a", "-a"] and vars(Host)["sibling"] is original and not active_handles()
+
+
+def test_a_conflict_names_what_differs_alone() -> None:
+    @dataclass(frozen=True)
+    class Settings:
+        a: int = 0
+        b: str = "x"
+
+    seam = Seam(Host, "sibling", lambda original: functools.wraps(original)(lambda self: "new"), "Host.sibling")
+    with (
+        apply_patch("toy", (Settings(), Settings()), [seam]),
+        pytest.raises(PatchConflictError, match=r"got a 0 -> 1, b 'x' -> 'y'\. Call"),
+    ):
+        apply_patch("toy", (Settings(a=1), Settings(b="y")), [seam])

@@ -4,8 +4,6 @@ import ast
 import hashlib
 import os
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +15,6 @@ from hypothesis import strategies as st
 from vrpo_plugin.errors import HostChangedError, HostNotFoundError, PatchConflictError, VRPOError
 from vrpo_plugin.patching.source import (
     Insertion,
-    blob_id,
-    format_patch,
     patch_file,
     read_state,
     unpatch_file,
@@ -31,7 +27,7 @@ SCRIPT = (
     b'"""A toy host."""\nimport os\n\nfrom models.toy import Toy\nfrom loss import ToyLoss\n\nprint(Toy, ToyLoss, os)\n'
 )
 PATCHED = SCRIPT.replace(b"ToyLoss\n\n", b"ToyLoss\n" + OURS + b"\n\n")
-INSERTION = Insertion("train.py", ANCHOR, LINE, {"0123abc": blob_id(SCRIPT)})
+INSERTION = Insertion("train.py", ANCHOR, LINE)
 
 Snapshot = dict[str, tuple[int, str]]
 
@@ -66,25 +62,20 @@ def refused(call: Callable[[Path, Insertion], object], root: Path, kind: type[VR
         assert word in text
 
 
-def test_blob_id_is_gits() -> None:
-    assert blob_id(b"") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
-    assert blob_id(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
-
-
-def test_known_script_is_patched_and_restored(tmp_path: Path) -> None:
+def test_a_script_is_patched_and_restored(tmp_path: Path) -> None:
     root = tree_of(tmp_path, SCRIPT)
-    clean = read_state(root, INSERTION)
-    assert (clean.status, clean.commit, clean.line_number, clean.newline) == ("clean", "0123abc", 5, "\n")
-    assert clean.blob == blob_id(SCRIPT) and clean.path == root / "train.py" and not clean.changed
+    ready = read_state(root, INSERTION)
+    assert (ready.status, ready.line_number) == ("ready", 5)
+    assert ready.path == root / "train.py" and not ready.changed and ready.error is None
 
     patched = patch_file(root, INSERTION)
     assert (root / "train.py").read_bytes() == PATCHED
-    assert (patched.status, patched.commit, patched.line_number, patched.changed) == ("patched", "0123abc", 6, True)
-    assert patched.blob == blob_id(PATCHED) and PATCHED.splitlines()[patched.line_number - 1] == OURS
+    assert (patched.status, patched.line_number, patched.changed) == ("patched", 6, True)
+    assert PATCHED.splitlines()[patched.line_number - 1] == OURS
 
     restored = unpatch_file(root, INSERTION)
     assert (root / "train.py").read_bytes() == SCRIPT
-    assert restored == replace(clean, changed=True)
+    assert restored == replace(ready, changed=True)
     assert sorted(os.listdir(root)) == ["train.py"]
 
 
@@ -98,7 +89,7 @@ def test_second_patch_and_second_unpatch_do_nothing(tmp_path: Path) -> None:
     assert (after.st_ino, after.st_mtime_ns) == (stamp.st_ino, stamp.st_mtime_ns)
     unpatch_file(root, INSERTION)
     again = unpatch_file(root, INSERTION)
-    assert again.status == "clean" and not again.changed
+    assert again.status == "ready" and not again.changed
 
 
 def test_read_state_writes_nothing(tmp_path: Path) -> None:
@@ -116,13 +107,10 @@ def test_read_state_writes_nothing(tmp_path: Path) -> None:
         pytest.param(SCRIPT.replace(b"\n\nfrom", b"\nfrom"), 4, id="shifted-up"),
     ],
 )
-def test_other_version_with_the_anchor_is_patched_and_said_to_have_moved(
-    tmp_path: Path, data: bytes, line_number: int
-) -> None:
+def test_another_version_with_the_anchor_is_patched(tmp_path: Path, data: bytes, line_number: int) -> None:
     root = tree_of(tmp_path, data)
     state = read_state(root, INSERTION)
-    assert (state.status, state.commit, state.line_number) == ("moved", None, line_number)
-    assert blob_id(data)[:7] in state.detail
+    assert (state.status, state.line_number) == ("ready", line_number)
     assert patch_file(root, INSERTION).line_number == line_number + 1
     lines = (root / "train.py").read_bytes().splitlines(keepends=True)
     assert lines.pop(line_number) == OURS + b"\n" and b"".join(lines) == data
@@ -138,13 +126,11 @@ def test_a_sentence_that_names_the_package_is_no_patch(tmp_path: Path) -> None:
 CRLF = SCRIPT.replace(b"\n", b"\r\n")
 
 
-def test_windows_checkout_is_the_known_version_and_keeps_its_newlines(tmp_path: Path) -> None:
+def test_a_windows_checkout_keeps_its_newlines(tmp_path: Path) -> None:
     root = tree_of(tmp_path, CRLF)
-    state = read_state(root, INSERTION)
-    assert (state.status, state.commit, state.newline) == ("clean", "0123abc", "\r\n")
-    assert patch_file(root, INSERTION).commit == "0123abc"
+    assert patch_file(root, INSERTION).changed
     assert (root / "train.py").read_bytes() == PATCHED.replace(b"\n", b"\r\n")
-    assert unpatch_file(root, INSERTION).commit == "0123abc"
+    assert unpatch_file(root, INSERTION).changed
     assert (root / "train.py").read_bytes() == CRLF
 
 
@@ -188,56 +174,75 @@ def test_every_byte_around_the_line_stays(tmp_path: Path, name: str) -> None:
     assert (root / "train.py").read_bytes() == data
 
 
-ERRORS = {"foreign patch": PatchConflictError}  # the others: HostChangedError
 REFUSED = {
-    "renamed": (SCRIPT.replace(b"ToyLoss", b"Loss2"), "missing anchor", "'from loss import Loss2' at line 5"),
-    "renamed-as": (SCRIPT.replace(b"ToyLoss\n", b"ToyLoss as T\n"), "missing anchor", "import ToyLoss as T' at line 5"),
-    "no-import": (b"a = 1\n", "missing anchor", "no import at top level"),
-    "empty": (b"", "missing anchor", "no import at top level"),
-    "docstring": (b"'''\n" + AFTER + b"'''\n", "missing anchor", "no import at top level"),
-    "comment": (b"# " + AFTER, "missing anchor", "no import at top level"),
-    "if": (b"if 1:\n    " + AFTER, "missing anchor", "inside another statement only, at line 2"),
-    "try": (b"try:\n " + AFTER + b"finally:\n pass\n", "missing anchor", "inside another statement only, at line 2"),
-    "function": (b"def f():\n    " + AFTER, "missing anchor", "inside another statement only, at line 2"),
-    "twice": (SCRIPT + AFTER, "ambiguous", "it at lines [5, 8] (ambiguous)"),
-    "twice-on-a-line": (AFTER[:-1] + b"; " + AFTER, "ambiguous", "it at lines [1, 1] (ambiguous)"),
-    "semicolon": (AFTER[:-1] + b"; a = (1,\n2)\n", "shared line", "more on line 1"),
-    "continued": (AFTER[:-1] + b"; \\\na = 1\n", "shared line", "more on line 1"),
-    "syntax-error": (SCRIPT + b"def f(:\n", "broken", "line 8"),
-    "null-byte": (SCRIPT + b"\0", "broken", "null bytes"),
-    "not-utf-8": (SCRIPT + b"a = '\xe9'\n", "broken", "SyntaxError"),
-    "unknown-encoding": (b"# coding: klingon\n" + SCRIPT, "broken", "klingon"),
-    "compiler-error": (SCRIPT + b"return\n", "broken", "outside function"),
-    "too-deep": (SCRIPT + b"a = " + b"(" * 5000 + b")" * 5000, "broken", "too many nested parentheses"),
+    "renamed": (SCRIPT.replace(b"ToyLoss", b"Loss2"), HostChangedError, "'from loss import Loss2' at line 5"),
+    "renamed-as": (SCRIPT.replace(b"ToyLoss\n", b"ToyLoss as T\n"), HostChangedError, "import ToyLoss as T' at line 5"),
+    "no-import": (b"a = 1\n", HostChangedError, "no import at top level"),
+    "empty": (b"", HostChangedError, "no import at top level"),
+    "docstring": (b"'''\n" + AFTER + b"'''\n", HostChangedError, "no import at top level"),
+    "comment": (b"# " + AFTER, HostChangedError, "no import at top level"),
+    "if": (b"if 1:\n    " + AFTER, HostChangedError, "inside another statement only, at line 2"),
+    "try": (b"try:\n " + AFTER + b"finally:\n pass\n", HostChangedError, "inside another statement only, at line 2"),
+    "function": (b"def f():\n    " + AFTER, HostChangedError, "inside another statement only, at line 2"),
+    "twice": (SCRIPT + AFTER, HostChangedError, "it at lines [5, 8] (ambiguous)"),
+    "twice-on-a-line": (AFTER[:-1] + b"; " + AFTER, HostChangedError, "it at lines [1, 1] (ambiguous)"),
+    "semicolon": (AFTER[:-1] + b"; a = (1,\n2)\n", HostChangedError, "more on line 1"),
+    "continued": (AFTER[:-1] + b"; \\\na = 1\n", HostChangedError, "more on line 1"),
+    "syntax-error": (SCRIPT + b"def f(:\n", HostChangedError, "line 8"),
+    "null-byte": (SCRIPT + b"\0", HostChangedError, "null bytes"),
+    "not-utf-8": (SCRIPT + b"a = '\xe9'\n", HostChangedError, "SyntaxError"),
+    "unknown-encoding": (b"# coding: klingon\n" + SCRIPT, HostChangedError, "klingon"),
+    "compiler-error": (SCRIPT + b"return\n", HostChangedError, "outside function"),
+    "too-deep": (SCRIPT + b"a = " + b"(" * 5000 + b")" * 5000, HostChangedError, "too many nested parentheses"),
     "other-host's-line": (
         OURS.replace(b"toy", b"repa") + b"\n" + SCRIPT,
-        "foreign patch",
+        PatchConflictError,
         "line 1 b'import vrpo_plugin",
     ),
-    "reformatted": (PATCHED.replace(b"  # vrpo", b" # vrpo"), "foreign patch", "line 6"),
-    "split-in-two": (PATCHED.replace(b"; vrpo", b"\nvrpo"), "foreign patch", "line 6"),
-    "import-list": (SCRIPT + b"import os, vrpo_plugin\n", "foreign patch", "line 8"),
-    "nested-from": (SCRIPT + b"if os:\n    from vrpo_plugin import a\n", "foreign patch", "line 9"),
-    "after-a-semicolon": (SCRIPT + b"a = 1; import vrpo_plugin\n", "foreign patch", "line 8"),
-    "commented-out": (SCRIPT + b"# import vrpo_plugin\n", "foreign patch", "line 8"),
-    "call": (SCRIPT + b"a = lambda: vrpo_plugin.apply_vrpo_to_toy()\n", "foreign patch", "line 8"),
-    "nested": (SCRIPT + b"if os:\n    " + OURS, "foreign patch", "line 9"),
-    "in-a-string": (SCRIPT + b"'''\n" + OURS + b"\n'''\n", "foreign patch", "line 9"),
+    "not-a-call-of-ours": (PATCHED.replace(b"apply_vrpo_to_toy()", b"config"), PatchConflictError, "line 6"),
+    "two-calls": (PATCHED.replace(b"toy()", b"toy(); f()"), PatchConflictError, "line 6"),
+    "kept-handle": (PATCHED.replace(b"; vrpo", b"; handle = vrpo"), PatchConflictError, "line 6"),
+    "over-two-lines": (PATCHED.replace(b"toy()", b"toy(\n)"), PatchConflictError, "line 6"),
+    "split-in-two": (PATCHED.replace(b"; vrpo", b"\nvrpo"), PatchConflictError, "line 6"),
+    "import-list": (SCRIPT + b"import os, vrpo_plugin\n", PatchConflictError, "line 8"),
+    "nested-from": (SCRIPT + b"if os:\n    from vrpo_plugin import a\n", PatchConflictError, "line 9"),
+    "after-a-semicolon": (SCRIPT + b"a = 1; import vrpo_plugin\n", PatchConflictError, "line 8"),
+    "commented-out": (SCRIPT + b"# import vrpo_plugin\n", PatchConflictError, "line 8"),
+    "call": (SCRIPT + b"a = lambda: vrpo_plugin.apply_vrpo_to_toy()\n", PatchConflictError, "line 8"),
+    "nested": (SCRIPT + b"if os:\n    " + OURS, PatchConflictError, "line 9"),
+    "in-a-string": (SCRIPT + b"'''\n" + OURS + b"\n'''\n", PatchConflictError, "line 9"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_odd_is_refused(tmp_path: Path, name: str) -> None:
-    data, status, words = REFUSED[name]
+    data, error, words = REFUSED[name]
     root = tree_of(tmp_path, data)
     state = read_state(root, INSERTION)
-    assert (state.status, state.line_number, state.newline) == (status, None, "") and words in state.detail
-    refused(patch_file, root, ERRORS.get(status, HostChangedError), words)
+    assert (state.status, state.line_number) == ("refused", None) and words in state.detail
+    refused(patch_file, root, error, words)
 
 
-def test_refusal_names_the_known_commit_and_the_line_to_put_in(tmp_path: Path) -> None:
+SETTINGS = {
+    "settings": (b"apply_vrpo_to_toy()", b"apply_vrpo_to_toy(reward_coeff=0.5, layers='middle')"),
+    "another comment": (b"  # vrpo-plugin", b"  # mine"),
+    "no comment": (b"  # vrpo-plugin", b""),
+    "finds its host": (b"apply_vrpo_to_toy()", b"apply_vrpo()"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_our_line_with_settings_is_ours(tmp_path: Path, name: str) -> None:
+    """The docs offer such edits; a tool that leaves the line there would say that the script is as it was."""
+    root = tree_of(tmp_path, PATCHED.replace(*SETTINGS[name]))
+    assert read_state(root, INSERTION).status == "patched" and not patch_file(root, INSERTION).changed
+    assert unpatch_file(root, INSERTION).changed
+    assert (root / "train.py").read_bytes() == SCRIPT
+
+
+def test_refusal_names_the_line_to_put_in(tmp_path: Path) -> None:
     root = tree_of(tmp_path, b"import loss\n")
-    words = ["expected 'from loss import ToyLoss', got the nearest import 'import loss' at line 1.", "0123abc", LINE]
+    words = ["expected 'from loss import ToyLoss', got the nearest import 'import loss' at line 1.", LINE]
     refused(patch_file, root, HostChangedError, *words)
 
 
@@ -245,7 +250,7 @@ def test_place_before_a_future_import_is_refused(tmp_path: Path) -> None:
     # The parser takes it; only the compiler knows that nothing but other __future__ imports may come before.
     insertion = replace(INSERTION, anchor="from __future__ import division")
     root = tree_of(tmp_path, b"from __future__ import division\nfrom __future__ import annotations\n")
-    assert read_state(root, insertion).status == "broken"
+    assert read_state(root, insertion).status == "refused"
     before = snapshot(root)
     with pytest.raises(HostChangedError, match="with our line SyntaxError: from __future__"):
         patch_file(root, insertion)
@@ -273,21 +278,21 @@ def test_line_that_could_not_be_found_again_is_refused(tmp_path: Path, head: byt
 @pytest.mark.parametrize("call", [patch_file, unpatch_file])
 def test_our_line_twice_is_a_conflict(tmp_path: Path, call: Callable[[Path, Insertion], object]) -> None:
     root = tree_of(tmp_path, PATCHED + OURS + b"\n")
-    assert read_state(root, INSERTION).status == "foreign patch"
+    assert read_state(root, INSERTION).status == "refused"
     refused(call, root, PatchConflictError, "[6, 9]")
 
 
 def test_our_line_before_the_anchor_is_a_conflict_that_unpatch_solves(tmp_path: Path) -> None:
     root = tree_of(tmp_path, OURS + b"\n" + SCRIPT)
     refused(patch_file, root, PatchConflictError, "at line 1", "at line 6")
-    assert unpatch_file(root, INSERTION).status == "clean"
+    assert unpatch_file(root, INSERTION).status == "ready"
     assert (root / "train.py").read_bytes() == SCRIPT
 
 
 def test_our_line_further_down_counts_as_patched(tmp_path: Path) -> None:
     root = tree_of(tmp_path, SCRIPT + OURS + b"\n")
     state = patch_file(root, INSERTION)
-    assert (state.status, state.line_number, state.commit, state.changed) == ("patched", 8, "0123abc", False)
+    assert (state.status, state.line_number, state.changed) == ("patched", 8, False)
     unpatch_file(root, INSERTION)
     assert (root / "train.py").read_bytes() == SCRIPT
 
@@ -324,7 +329,7 @@ def test_no_file_is_no_host(tmp_path: Path, call: Callable[[Path, Insertion], ob
     elif name == "pipe":
         os.mkfifo(path)
     root = tmp_path / "nowhere" if name == "no-root" else tmp_path
-    assert read_state(root, INSERTION).status == "missing file"
+    assert isinstance(read_state(root, INSERTION).error, HostNotFoundError)
     refused(call, root, HostNotFoundError, "Name the root")
 
 
@@ -340,7 +345,7 @@ def test_read_only_tree_stays(
     mode = place.stat().st_mode & 0o777
     place.chmod(mode & ~0o222)
     try:
-        assert read_state(root, INSERTION).status == ("read-only" if data is SCRIPT else "patched")
+        assert read_state(root, INSERTION).status == ("refused" if data is SCRIPT else "patched")
         refused(call, root, VRPOError, "write permission on the " + ("folder" if locked == "." else "file"))
     finally:
         place.chmod(mode)
@@ -438,7 +443,7 @@ def test_unpatch_inverts_patch(shared: Path, data: bytes) -> None:
     after = [ast.dump(node) for node in ast.parse(patched).body]
     assert after == [*before[:index], *(ast.dump(node) for node in ast.parse(LINE).body), *before[index:]]
     assert patched.splitlines()[(state.line_number or 0) - 1] == OURS
-    assert len(patched) - len(data) - len(OURS) == len(state.newline)
+    assert len(patched) - len(data) - len(OURS) in (1, 2)  # the newline
     assert unpatch_file(root, INSERTION).changed
     assert (root / "train.py").read_bytes() == data
 
@@ -461,10 +466,10 @@ def test_mutated_script_is_patched_right_or_left_alone(
     try:
         state = patch_file(root, INSERTION)
     except VRPOError:
-        assert status not in ("clean", "moved", "patched")
+        assert status == "refused"
         assert (root / "train.py").read_bytes() == data
     else:
-        assert status in ("clean", "moved", "patched") and state.changed == (status != "patched")
+        assert status in ("ready", "patched") and state.changed == (status != "patched")
         patched = (root / "train.py").read_bytes()
         compile(patched, "train.py", "exec")
         statements = [ast.unparse(node) for node in ast.parse(patched).body]
@@ -477,46 +482,3 @@ def test_mutated_script_is_patched_right_or_left_alone(
             unpatch_file(root, INSERTION)
             assert (root / "train.py").read_bytes() == data
     assert os.listdir(root) == ["train.py"]
-
-
-def git(root: Path, *arguments: str) -> str:
-    environment = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
-    command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
-    return subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True, text=True).stdout
-
-
-@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
-def test_patch_file_for_git_gives_the_same_bytes(tmp_path: Path) -> None:
-    insertion = replace(INSERTION, file="sub/train.py")
-    root = tmp_path / "repo"
-    (root / "sub").mkdir(parents=True)
-    script = tree_of(root / "sub", SCRIPT) / "train.py"
-    git(root, "init", "-q")
-    git(root, "add", ".")
-    git(root, "commit", "-q", "-m", "a")
-    assert git(root, "hash-object", "sub/train.py").strip() == blob_id(SCRIPT) == read_state(root, insertion).blob
-    number = read_state(root, insertion).line_number
-    assert number is not None
-    text = format_patch(insertion, repository="toy/host", commit="0123abc", line_number=number)
-    for word in ("toy/host", "0123abc", blob_id(SCRIPT), "vrpo patch", "git hash-object sub/train.py"):
-        assert word in text
-    (tmp_path / "toy.patch").write_text(text, "utf-8")
-    git(root, "apply", "--unidiff-zero", "../toy.patch")
-    assert script.read_bytes() == PATCHED
-    assert read_state(root, insertion).status == "patched"
-    assert git(root, "diff", "--numstat").split() == ["1", "0", "sub/train.py"]
-    unpatch_file(root, insertion)
-    assert git(root, "status", "--porcelain") == ""
-
-
-@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
-def test_git_applies_to_a_shifted_script_at_the_wrong_place_and_we_do_not(tmp_path: Path) -> None:
-    shifted = SCRIPT.replace(b"from loss", b"(os,\n)\nfrom loss")  # the reason for this whole module
-    root = tree_of(tmp_path, shifted)
-    git(root, "init", "-q")
-    text = format_patch(INSERTION, repository="toy/host", commit="0123abc", line_number=5)
-    subprocess.run(["git", "apply", "--unidiff-zero"], cwd=root, input=text, text=True, check=True)
-    with pytest.raises(SyntaxError):
-        compile((root / "train.py").read_bytes(), "train.py", "exec")
-    tree_of(root, shifted)
-    assert patch_file(root, INSERTION).line_number == 8

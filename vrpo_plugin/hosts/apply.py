@@ -1,27 +1,37 @@
 """Applies VRPO to a host whose modules can be imported: verify everything, then replace everything."""
 
 import importlib
-from collections.abc import Sequence
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from torch.optim import Optimizer, optimizer
+
 from vrpo_plugin.config import VRPOConfig, check_keys
 from vrpo_plugin.errors import HostNotFoundError, explain
-from vrpo_plugin.hosts.base import HostSpec
+from vrpo_plugin.hosts.base import HostSpec, Session, Shim
+from vrpo_plugin.hosts.checks import changes_nothing, check_settings
 from vrpo_plugin.hosts.compat import selected
-from vrpo_plugin.hosts.guard import guarded_step
-from vrpo_plugin.hosts.known import find_spec
+from vrpo_plugin.hosts.guard import HostGuard, make_fused
+from vrpo_plugin.hosts.known import HOSTS, find_spec, host_of_script
+from vrpo_plugin.hosts.libraries import libraries_of, verify_libraries
+from vrpo_plugin.hosts.metrics import Tracker
 from vrpo_plugin.hosts.options import CONFIG_KEYS, KEYS, OPTION_KEYS, HostOptions, resolve_settings
-from vrpo_plugin.hosts.session import Session
-from vrpo_plugin.hosts.wrap import wrap_constructor, wrap_forward, wrap_loss
-from vrpo_plugin.patching.fingerprint import SourcePoint, verify_points
-from vrpo_plugin.patching.handle import PatchHandle, Seam, apply_patch
+from vrpo_plugin.hosts.pixels import read_critic_targets
+from vrpo_plugin.hosts.wrap import model_and_loss
+from vrpo_plugin.patching.fingerprint import SourcePoint, inspect_point, verify_points
+from vrpo_plugin.patching.handle import Hook, PatchHandle, Seam, active_handles, apply_patch
+
+logger = logging.getLogger("vrpo_plugin")
 
 
 def apply_vrpo(
-    host: str | HostSpec,
+    host: str | HostSpec | VRPOConfig | None = None,
     config: VRPOConfig | None = None,
     *,
     options: HostOptions | None = None,
@@ -30,15 +40,17 @@ def apply_vrpo(
     """Patches the classes of a host in place, before its training loop makes the model.
 
     Args:
-        host: a name (``repa``, ``repa_t2i``, ``reg``, ``irepa``, ``sit``, ``dit``, ``repae``, ``lightningdit``) or a
-            :class:`HostSpec` of your own. Its modules are imported, so its folder has to be on ``sys.path``, as it
-            is for its own scripts.
+        host: by default that of the calling script, by its folder. Else a name (``repa``, ``repa_t2i``, ``reg``,
+            ``irepa``, ``sit``, ``dit``, ``repae``, ``lightningdit``), or a :class:`HostSpec` of your own, also as
+            ``file.py:NAME`` or ``module:NAME``. Its modules are imported, so its folder has to be on ``sys.path``, as
+            it is for its own scripts. A configuration in its place is ``config``.
         config: the objective; by default from ``VRPO_CONFIG`` and the ``VRPO_<KEY>`` variables.
         options: how it is applied; by default from there too.
         **overrides: fields of either, also where it is given.
 
     Returns:
-        The handle: ``.seams``, ``.remove()``, and a context manager. The same settings again give the same handle.
+        The handle: ``.seams``, ``.hooks``, ``.remove()``, and a context manager. The same settings again give the same
+        handle, and so does a call without settings in a script that was launched with VRPO.
 
     Raises:
         HostNotFoundError: the host's modules, or definitions in them, are not there.
@@ -46,22 +58,69 @@ def apply_vrpo(
         PatchConflictError: VRPO is applied with other settings.
         ConfigError: settings that are wrong, or that the host cannot serve.
     """
-    spec = find_spec(host) if isinstance(host, str) else host
+    if isinstance(host, VRPOConfig):
+        host, config = None, host
+    spec = _find(host, sys._getframe(1).f_globals.get("__file__")) if not isinstance(host, HostSpec) else host
+    if config is None and options is None and not overrides:
+        launched = [one for one in active_handles() if one.name == spec.name and one.launched]
+        if launched:
+            return launched[0]
     config, options = _settings(config, options, overrides)
-    modules = {point.file: _import(spec, point) for point in spec.all_points}
-    root = _root(spec.model.file, modules[spec.model.file])
-    verify_points(root, spec.all_points, allow_unverified=options.allow_unverified)
+    check_settings(spec, config, options)
+    idle = changes_nothing(spec, config)
+    targets = read_critic_targets(config, spec.name) if spec.encoder == "critic" and not idle else None
+    modules = {point.file: _import(spec, point) for point in spec.points}
+    root = _root(spec.model, modules[spec.model.file])
+    verify_points(root, spec.points, allow_unverified=options.allow_unverified)
+    shims = tuple(shim for shim in selected(spec, options) if _can_be_used(root, shim))
+    libraries = [*libraries_of(spec, shims)]
+    verify_libraries(libraries)
 
-    def seams(handle: PatchHandle) -> Sequence[Seam]:
-        session = Session(spec, config, options, handle, modules)
+    def seams(handle: PatchHandle) -> Sequence[Seam | Hook]:
+        guard = HostGuard()
+        limit = options.max_skipped_steps
+        tracker = Tracker(options.log_every if spec.log_key is None else 0, guard, limit)
+        session = Session(spec, config, options, handle, modules, idle, guard, tracker, targets, shims)
         return [
-            *_seams(session),
+            *model_and_loss(session),
             *spec.seams(session),
-            *guarded_step(session),
-            *(seam for shim in selected(session) for seam in shim),
+            *(seam for shim in shims for seam in shim.seams(session, shim)),
+            *(one.seam(session) for one in libraries),
+            *([_step_hooks(session)] if limit and not idle else []),
+            *(hook for shim in shims for hook in shim.hooks(session, shim)),
         ]
 
     return apply_patch(spec.name, (config, options), seams)
+
+
+def _step_hooks(session: Session) -> Hook:
+    """Around the step of the optimizer that updates the aligner; every other one steps as it did."""
+
+    def owns(stepping: Optimizer) -> bool:
+        first = (group["params"][0] for group in stepping.param_groups if group["params"])
+        return any(id(parameter) in session.model_parameters for parameter in first)
+
+    def before(stepping: Optimizer, *_: Any) -> None:
+        if owns(stepping):
+            if session.options.fused_optimizer:
+                make_fused(stepping)
+            session.guard.before(stepping)
+
+    def after(stepping: Optimizer, *_: Any) -> None:
+        if owns(stepping):
+            session.guard.after()
+
+    def add() -> Callable[[], None]:
+        first = optimizer.register_optimizer_step_pre_hook(before)
+        second = optimizer.register_optimizer_step_post_hook(after)
+
+        def take_away() -> None:
+            first.remove()
+            second.remove()
+
+        return take_away
+
+    return Hook("torch.optim step hooks", add)
 
 
 def _settings(
@@ -81,23 +140,30 @@ def _settings(
     return config, options
 
 
-def _seams(session: Session) -> list[Seam]:
-    spec = session.spec
-    model = getattr(session.modules[spec.model.file], spec.model_class)
-    label = spec.counted[0]
-    found = [
-        Seam(model, "__init__", wrap_constructor(session, label), label),
-        Seam(model, "forward", wrap_forward(session), spec.model.name),
-    ]
-    if spec.loss is not None:
-        owner, _, method = spec.loss.name.rpartition(".")
-        cls = getattr(session.modules[spec.loss.file], owner)
-        found.append(Seam(cls, method, wrap_loss(session, spec.loss.name), spec.loss.name))
-    return found
+def _find(host: str | None, caller: str | None) -> HostSpec:
+    """The host by name, by ``VRPO_HOST``, or of the script that called."""
+    name, folder = host or os.environ.get("VRPO_HOST"), None if caller is None else Path(caller).resolve().parent
+    if name:
+        return find_spec(name, folder)
+    if caller is None:
+        do = "Name the host: apply_vrpo('repa')."
+        raise HostNotFoundError(explain("apply_vrpo()", expected="a call in a host's script", got="no file", do=do))
+    return host_of_script(Path(caller))
+
+
+def _can_be_used(root: Path, shim: Shim) -> bool:
+    """Whether what a shim relies on is there; its body may be another."""
+    for point in shim.verified:
+        finding = inspect_point(root, point)
+        if finding.status not in ("known", "changed"):
+            got = finding.reason or f"parameters ({', '.join(finding.parameters)})"
+            logger.warning("vrpo_plugin compat %s: left out: %s: %s: %s", shim.name, point.file, point.name, got)
+            return False
+    return True
 
 
 def _import(spec: HostSpec, point: SourcePoint) -> ModuleType:
-    name = point.file.removesuffix(".py").replace("/", ".")
+    name = point.module
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -113,45 +179,26 @@ def _import(spec: HostSpec, point: SourcePoint) -> ModuleType:
         ) from error
 
 
-def _root(file: str, module: ModuleType) -> Path:
-    return Path(str(module.__file__)).resolve().parents[file.count("/")]
+def _root(point: SourcePoint, module: ModuleType) -> Path:
+    return Path(str(module.__file__)).resolve().parents[point.file.count("/")]
 
 
-def apply_vrpo_to_repa(config: VRPOConfig | None = None, **settings: Any) -> PatchHandle:
-    """:func:`apply_vrpo` for sihyun-yu/REPA, ``train.py``."""
-    return apply_vrpo("repa", config, **settings)
+def _named(name: str) -> Callable[..., PatchHandle]:
+    """:func:`apply_vrpo` for one host."""
+
+    def apply(config: VRPOConfig | None = None, **settings: Any) -> PatchHandle:
+        return apply_vrpo(name, config, **settings)
+
+    apply.__name__ = apply.__qualname__ = f"apply_vrpo_to_{name}"
+    apply.__doc__ = f":func:`apply_vrpo` for {HOSTS[name].repository}."
+    return apply
 
 
-def apply_vrpo_to_repa_t2i(config: VRPOConfig | None = None, **settings: Any) -> PatchHandle:
-    """:func:`apply_vrpo` for sihyun-yu/REPA, ``train_t2i.py``."""
-    return apply_vrpo("repa_t2i", config, **settings)
-
-
-def apply_vrpo_to_reg(config: VRPOConfig | None = None, **settings: Any) -> PatchHandle:
-    """:func:`apply_vrpo` for Martinser/REG."""
-    return apply_vrpo("reg", config, **settings)
-
-
-def apply_vrpo_to_irepa(config: VRPOConfig | None = None, **settings: Any) -> PatchHandle:
-    """:func:`apply_vrpo` for End2End-Diffusion/iREPA, ``ldm/train.py``."""
-    return apply_vrpo("irepa", config, **settings)
-
-
-def apply_vrpo_to_sit(config: VRPOConfig | None = None, **settings: Any) -> PatchHandle:
-    """:func:`apply_vrpo` for willisma/SiT."""
-    return apply_vrpo("sit", config, **settings)
-
-
-def apply_vrpo_to_dit(config: VRPOConfig | None = None, **settings: Any) -> PatchHandle:
-    """:func:`apply_vrpo` for facebookresearch/DiT."""
-    return apply_vrpo("dit", config, **settings)
-
-
-def apply_vrpo_to_repae(config: VRPOConfig | None = None, **settings: Any) -> PatchHandle:
-    """:func:`apply_vrpo` for End2End-Diffusion/REPA-E."""
-    return apply_vrpo("repae", config, **settings)
-
-
-def apply_vrpo_to_lightningdit(config: VRPOConfig | None = None, **settings: Any) -> PatchHandle:
-    """:func:`apply_vrpo` for hustvl/LightningDiT."""
-    return apply_vrpo("lightningdit", config, **settings)
+apply_vrpo_to_repa = _named("repa")
+apply_vrpo_to_repa_t2i = _named("repa_t2i")
+apply_vrpo_to_reg = _named("reg")
+apply_vrpo_to_irepa = _named("irepa")
+apply_vrpo_to_sit = _named("sit")
+apply_vrpo_to_dit = _named("dit")
+apply_vrpo_to_repae = _named("repae")
+apply_vrpo_to_lightningdit = _named("lightningdit")

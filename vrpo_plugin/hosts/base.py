@@ -1,21 +1,32 @@
-"""What a host codebase is to the plugin: a HostSpec, with its seams and the conversion of its units."""
+"""What a host codebase is to the plugin (:class:`HostSpec`), and the state of one application (:class:`Session`).
+
+Neither imports torch, so that ``vrpo check`` answers at once.
+"""
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor, nn
-
-from vrpo_plugin.modules.checks import sizes_of_model
+from vrpo_plugin.config import VRPOConfig
+from vrpo_plugin.hosts.options import HostOptions
 from vrpo_plugin.patching.fingerprint import SourcePoint
-from vrpo_plugin.patching.handle import Seam
+from vrpo_plugin.patching.handle import Hook, PatchHandle, Seam
 from vrpo_plugin.patching.source import Insertion
 
 if TYPE_CHECKING:
-    from vrpo_plugin.hosts.compat import Shim
-    from vrpo_plugin.hosts.session import Session
+    from torch import Tensor, nn
+
+    from vrpo_plugin.hosts.guard import HostGuard
+    from vrpo_plugin.hosts.metrics import Tracker
+    from vrpo_plugin.targets import Targets
+
+logger = logging.getLogger("vrpo_plugin")
 
 
 @dataclass(frozen=True)
@@ -33,10 +44,16 @@ class Aligned:
     extra: Tensor
     metrics: dict[str, Tensor]
 
+    def add_to(self, loss: Tensor) -> Tensor:
+        """The host's loss of any shape with the gradient of ``extra``, and with the value that it had."""
+        from vrpo_plugin.functional.tensors import add_gradient
+
+        return add_gradient(loss, self.extra)
+
 
 @dataclass(frozen=True)
 class Note:
-    """A breakage of the host that a plugin cannot cure, and what its user can do.
+    """A breakage of the host that a plugin cannot work around, and what its user can do.
 
     Attributes:
         file: of the host, relative to its folder.
@@ -51,92 +68,237 @@ class Note:
     issue: str
 
 
-def sizes_of_repa_model(model: nn.Module) -> dict[str, Any]:
-    """Sizes of a model that knows its encoders' dimensions, as REPA's does."""
-    return {**sizes_of_model(model), "target_dims": tuple(model.z_dims)}  # type: ignore[arg-type]
+@dataclass(frozen=True)
+class LibrarySeam:
+    """A method of a library, replaced for the whole process until the handle is removed.
+
+    Attributes:
+        module: where its class is imported from.
+        point: file in the installed package, name and parameters; compared before anything is replaced.
+        why: what it is replaced for.
+        wrap: (session, original) to the replacement.
+        owner: the class, where it inherits the method.
+        needed: False leaves it alone.
+    """
+
+    module: str
+    point: SourcePoint
+    why: str
+    wrap: Callable[[Session, Any], Any]
+    owner: str = ""
+    needed: Callable[[], bool] = lambda: True
+
+    @property
+    def label(self) -> str:
+        """``accelerate.Accelerator.log``."""
+        owner, _, name = self.point.name.rpartition(".")
+        return f"{self.module}.{self.owner or owner}.{name}"
+
+    def seam(self, session: Session) -> Seam:
+        """The seam of one application; imports the library."""
+        module, owner, name = self.label.rsplit(".", 2)
+        cls = getattr(importlib.import_module(module), owner)
+        return Seam(cls, name, lambda original: self.wrap(session, original), self.label)
 
 
-def point(file: str, name: str, parameters: str, fingerprints: Mapping[str, str]) -> SourcePoint:
-    """A :class:`SourcePoint` with its parameters as one text."""
-    return SourcePoint(file, name, tuple(parameters.split()), fingerprints)
-
-
-def apply_line(name: str) -> str:
-    """The one line for a host's script."""
-    return f"import vrpo_plugin; vrpo_plugin.apply_vrpo_to_{name}()  # vrpo-plugin"
-
-
-def _no_seams(session: Session) -> Sequence[Seam]:
+def _nothing(*_: Any) -> Sequence[Any]:
     return ()
 
 
+@dataclass(frozen=True)
+class Shim:
+    """A workaround for one upstream breakage.
+
+    Attributes:
+        name: to switch it off: ``compat=`` lists those to keep.
+        issue: where the breakage is reported, or stands.
+        reason: what breaks, and what this does.
+        until: when it can go.
+        verified: definitions it relies on; where one differs the shim is left out, with a warning.
+        seams: (session, shim) to what it replaces in the host.
+        hooks: (session, shim) to what it adds.
+        libraries: what it replaces in libraries.
+        fix_constructor: (session, shim, keywords) changes the keywords of the model's constructor.
+        fix_arguments: (session, shim, arguments) changes what the script's argument parser returned.
+    """
+
+    name: str
+    issue: str
+    reason: str
+    until: str
+    verified: tuple[SourcePoint, ...] = ()
+    seams: Callable[[Session, Shim], Sequence[Seam]] = _nothing
+    hooks: Callable[[Session, Shim], Sequence[Hook]] = _nothing
+    libraries: tuple[LibrarySeam, ...] = ()
+    fix_constructor: Callable[[Session, Shim, dict[str, Any]], None] | None = None
+    fix_arguments: Callable[[Session, Shim, argparse.Namespace], None] | None = None
+
+    def used(self, session: Session) -> None:
+        """Reports, once, that the host would have failed here."""
+        if self.name not in session.reported:
+            session.reported.add(self.name)
+            logger.warning("vrpo_plugin compat %s: %s (%s)", self.name, self.reason, self.issue)
+
+
+@dataclass(eq=False)
+class Session:
+    """State of one application; the module tree of the host holds only the aligner.
+
+    Attributes:
+        modules: the host's modules by file, as imported from its folder.
+        idle: nothing is changed (``reward_coeff=0`` and ``features="host"``): no aligner is made.
+        guard: leaves out steps that are not finite.
+        tracker: the newest metrics.
+        targets: where the encoder's tokens come from, in a host that has no encoder.
+        shims: those that are on.
+        total_calls: of the aligner in this run, where the host says it.
+        earlier_calls: that a resumed run has made, with an aligner or without.
+        cache: of the host's own conversion: constants on the device.
+        aligner_parameters, model_parameters: ``id`` of each.
+        reported: names of shims that were reported.
+    """
+
+    spec: HostSpec
+    config: VRPOConfig
+    options: HostOptions
+    handle: PatchHandle
+    modules: Mapping[str, ModuleType]
+    idle: bool
+    guard: HostGuard
+    tracker: Tracker
+    targets: Targets | None = None
+    shims: tuple[Shim, ...] = ()
+    total_calls: int | None = None
+    earlier_calls: int = 0
+    cache: dict[str, Any] = field(default_factory=dict)
+    aligner_parameters: set[int] = field(default_factory=set)
+    model_parameters: set[int] = field(default_factory=set)
+    reported: set[str] = field(default_factory=set)
+
+    @property
+    def model_class(self) -> Any:
+        """The host's model class."""
+        return getattr(self.modules[self.spec.model.file], self.spec.model_class)
+
+    @property
+    def replaces_features(self) -> bool:
+        """The host's own alignment loss is not run."""
+        return self.config.features != "host"
+
+    @property
+    def uses_host_projectors(self) -> bool:
+        """The features readout takes the host's projected tokens: one early block, a plain projector."""
+        return self.spec.has_alignment_loss and self.config.layers == "early" and self.config.projector == "mlp"
+
+
+def point(file: str, name: str, parameters: str, fingerprints: Mapping[str, str] | None = None) -> SourcePoint:
+    """A :class:`SourcePoint` with its parameters as one text."""
+    return SourcePoint(file, name, tuple(parameters.split()), fingerprints or {})
+
+
+def apply_line(name: str) -> str:
+    """The one line for a script of a host: by name, or of your own as ``module:NAME`` or ``file.py:NAME``."""
+    call = f"apply_vrpo({name!r})" if ":" in name else f"apply_vrpo_to_{name}()"
+    return f"import vrpo_plugin; vrpo_plugin.{call}  # vrpo-plugin"
+
+
+def sizes_of_model(model: nn.Module) -> dict[str, Any]:
+    """Sizes of a SiT-like model, as keywords of ``VRPOAligner``."""
+    from vrpo_plugin.modules.checks import sizes_of_model
+
+    return sizes_of_model(model)
+
+
 def _not_called(*_: Any) -> Any:
-    raise AssertionError("a spec without a loss method converts in its forward")
+    raise AssertionError("a spec with own_forward has no loss method")
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostSpec:
-    """A codebase that VRPO can be applied to: seams and conversion of units, no formula.
+    """A codebase that VRPO can be applied to: where to attach, and the conversion of units; no formula.
 
-    Three functions convert. ``read(session, loss, arguments)`` sees the host's loss call (its owner, and its
-    arguments by name, which it may replace) and returns what the aligner needs: ``z`` (encoder tokens, a tuple of
-    (B, N, D)), ``x0`` (clean latents), ``y``, and any plain value for ``convert``. ``convert(inputs, x, t, output)``
-    runs inside the model's forward and returns keywords of ``VRPOAligner.forward``: ``x_t``, ``t`` (0 = data,
-    1 = noise), ``x0_hat`` (or ``velocity``, from data to noise), and ``z_tilde`` where the host projects.
-    ``write(session, loss, result, aligned)`` puts the aligner's losses into the loss call's result.
+    When each function runs, in one training step of the host::
+
+        the host's script                    the plugin
+        args = parser.parse_args()           read_arguments(session, args)
+        model = Model(...)                   sizes(model); the aligner is made and attached; after_init(session, model)
+        loss_fn(model, images, ...)          before_loss(session, loss, arguments)    -> inputs
+          model(x_t, t, ...)
+            forward(x_t, t, ...)             in_forward(inputs, x_t, t, output)       -> keywords; the aligner runs
+          output                             show_to_loss(session, output)            -> output
+        result                               after_loss(session, loss, result, aligned) -> result
+        loss.backward()
+        optimizer.step()                     a step that is not finite is left out
+
+    Outside of training (no gradients, ``model.eval()``, the EMA copy) the host's own loss and forward run alone.
 
     Attributes:
         name: as in ``apply_vrpo(name)``.
         repository: ``owner/name`` on GitHub.
-        model: the model's class; its ``__init__`` and ``forward`` are wrapped.
-        loss: the wrapped loss method, or None where the model computes its loss itself.
-        points: definitions that are verified before anything is replaced.
-        read, convert, write: see above.
-        hide: what the host's loss sees of the model's output; by default all.
-        forward: with ``loss=None``: (session, original forward, model, keywords) to the host's own output.
-        installed: called with a model that has just got its aligner.
+        model: ``Class.forward`` of the model; its ``__init__`` is wrapped too.
+        loss: the wrapped loss method, with a parameter ``model``; None where the model computes its loss itself.
+        verified: further definitions that are compared with the verified commits before anything is replaced.
+        before_loss: sees the host's loss call, its owner and its arguments by name, which it may replace; returns
+            ``x0`` (clean latents), ``y`` (labels), with ``encoder="host"`` also ``z`` (encoder tokens, a tuple of
+            (B, N, D)), and any plain value for ``in_forward``.
+        in_forward: returns keywords of ``VRPOAligner.forward``: ``x_t``, ``t`` (0 = data, 1 = noise), ``velocity``
+            (from data to noise) or ``x0_hat``, and ``z_tilde`` where the host projects. For other units give ``path``
+            too, and they are converted: see ``hosts.units.to_aligner``.
+        show_to_loss: what the host's loss sees of the model's output; by default all.
+        after_loss: puts the aligner's losses into the loss call's result.
+        own_forward: with ``loss=None``, (session, align, original forward, model, keywords) to the forward's result;
+            calls ``align(model, inputs, t, output)`` itself.
+        after_init: called with a model that has just got its aligner.
+        read_arguments: called with what the script's argument parser returned.
         sizes: keywords of ``VRPOAligner`` that a model answers.
         folder: of the training scripts, relative to the repository.
-        files: relative to ``folder``; all exist in a checkout.
         insertions: the one line, per script.
         blocks: attribute of the model that holds its blocks.
-        projects: the host has projectors and an alignment loss of its own, with a weight of its own.
+        has_alignment_loss: the host has projectors and an alignment loss of its own, with a weight of its own.
+        encoder: where encoder tokens come from: ``host`` (``before_loss`` returns them), ``pixels`` (the plugin's
+            frozen encoder, on what the host's VAE encodes) or ``critic`` (a pretrained critic in place of an encoder).
         prefix_tokens: as in ``VRPOAligner``.
-        needs_encoder: the plugin has to make the encoder's tokens, from the pixels that the host's VAE sees.
         log_key: a name in the host's logged scalars; ours go beside it.
-        seams: more of them, for this host.
-        shims: cures of upstream breakages.
-        notes: breakages that cannot be cured.
+        seams: session to further replacements in the host.
+        libraries: methods of libraries that are replaced.
+        shims: workarounds for upstream breakages.
+        notes: breakages without a workaround.
     """
 
     name: str
     repository: str
     model: SourcePoint
     loss: SourcePoint | None
-    convert: Callable[[Mapping[str, Any], Tensor, Tensor, Any], dict[str, Any]]
-    read: Callable[[Session, Any, dict[str, Any]], dict[str, Any]] = _not_called
-    write: Callable[[Session, Any, Any, Aligned], Any] = _not_called
-    points: tuple[SourcePoint, ...] = ()
-    hide: Callable[[Session, Any], Any] = lambda session, output: output
-    forward: Callable[[Session, Callable[..., Any], nn.Module, dict[str, Any]], Any] | None = None
-    installed: Callable[[Session, nn.Module], None] = lambda session, model: None
-    sizes: Callable[[nn.Module], dict[str, Any]] = sizes_of_model
+    in_forward: Callable[[Mapping[str, Any], Any, Any, Any], dict[str, Any]]
+    before_loss: Callable[[Session, Any, dict[str, Any]], dict[str, Any]] = _not_called
+    after_loss: Callable[[Session, Any, Any, Aligned], Any] = _not_called
+    verified: tuple[SourcePoint, ...] = ()
+    show_to_loss: Callable[[Session, Any], Any] = lambda session, output: output
+    own_forward: Callable[[Session, Callable[..., Aligned], Callable[..., Any], Any, dict[str, Any]], Any] | None = None
+    after_init: Callable[[Session, Any], None] = lambda session, model: None
+    read_arguments: Callable[[Session, argparse.Namespace], None] | None = None
+    sizes: Callable[[Any], dict[str, Any]] = sizes_of_model
     folder: str = "."
-    files: tuple[str, ...] = ()
     insertions: tuple[Insertion, ...] = ()
     blocks: str = "blocks"
-    projects: bool = False
-    needs_encoder: bool = False
+    has_alignment_loss: bool = False
+    encoder: Literal["host", "pixels", "critic"] = "host"
     prefix_tokens: int = 0
     log_key: str | None = None
-    seams: Callable[[Session], Sequence[Seam]] = _no_seams
-    shims: tuple[Shim, ...] = field(default=())
-    notes: tuple[Note, ...] = field(default=())
+    seams: Callable[[Session], Sequence[Seam]] = _nothing
+    libraries: tuple[LibrarySeam, ...] = ()
+    shims: tuple[Shim, ...] = ()
+    notes: tuple[Note, ...] = ()
 
     @property
-    def all_points(self) -> tuple[SourcePoint, ...]:
-        """Definitions that are verified: the model, the loss, and the rest."""
-        return (self.model, *((self.loss,) if self.loss else ()), *self.points)
+    def points(self) -> tuple[SourcePoint, ...]:
+        """All definitions that are compared: the model, the loss, and the rest."""
+        return (self.model, *((self.loss,) if self.loss else ()), *self.verified)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files of the host with such a definition, relative to ``folder``."""
+        return tuple(dict.fromkeys(one.file for one in self.points))
 
     @property
     def model_class(self) -> str:
@@ -144,6 +306,6 @@ class HostSpec:
         return self.model.name.rpartition(".")[0]
 
     @property
-    def counted(self) -> tuple[str, ...]:
+    def must_run(self) -> tuple[str, ...]:
         """Labels of the seams that every training run passes through: the constructor and the loss."""
         return (f"{self.model_class}.__init__", *((self.loss.name,) if self.loss else ()))

@@ -98,6 +98,11 @@ def without_aligner(checkpoint: Mapping[str, Any], name: str) -> tuple[dict[str,
         plain[part] = _without_keys(checkpoint[part])
     if "opt" in checkpoint:
         plain["opt"] = _without_last(checkpoint["opt"], shapes, name)
+        if shapes:
+            # Loading would force it on the host's optimizer, which may be of another kind: torch's default is None.
+            plain["opt"]["param_groups"] = [
+                {**group, "fused": None} if "fused" in group else group for group in plain["opt"]["param_groups"]
+            ]
     return plain, sum(len(checkpoint[part]) - len(plain[part]) for part in _WEIGHTS)
 
 

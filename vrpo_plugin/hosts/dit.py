@@ -1,61 +1,43 @@
-"""DiT, whose loss is ``SpacedDiffusion.training_losses``.
+"""DiT, whose loss is ``SpacedDiffusion.training_losses``. Facts: facebookresearch/DiT@ed81ce2.
 
-Facts: facebookresearch/DiT@ed81ce2. Whole-number steps, 0 next to the data; the model predicts the noise, and in the
-second half of its channels a variance.
+Whole-number steps, 0 next to the data; the model predicts the noise, and in the second half of its channels a variance.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from vrpo_plugin.errors import ConfigError, explain
-from vrpo_plugin.functional.interpolant import estimate_from_noise, noise_level, time_like
-from vrpo_plugin.functional.tensors import promote
-from vrpo_plugin.hosts import compat
-from vrpo_plugin.hosts.base import HostSpec, apply_line, point
-from vrpo_plugin.hosts.pixels import pixel_seam, tokens_from_pixels
-from vrpo_plugin.hosts.session import Session
-from vrpo_plugin.hosts.transport import write_terms
+from vrpo_plugin.hosts import compat, transport
+from vrpo_plugin.hosts.base import HostSpec, Session, apply_line, point
+from vrpo_plugin.hosts.libraries import VAE
 from vrpo_plugin.patching.source import Insertion
 
 
-def read_diffusion(session: Session, diffusion: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+def before_loss(session: Session, diffusion: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Latents, steps and labels of ``training_losses(model, x_start, t, model_kwargs)``."""
+    import torch
+
     given = dict(zip(("x_start", "t", "model_kwargs"), arguments["args"], strict=False)) | arguments["kwargs"]
     x0, step = given["x_start"], given["t"]
     key = f"alphas_cumprod {x0.device}"
     if key not in session.cache:
         share = torch.from_numpy(diffusion.alphas_cumprod)  # float64: 1 - share loses digits at the first steps
         session.cache[key] = torch.stack([share.sqrt(), (1 - share).sqrt()]).float().to(x0.device)
-    alpha, sigma = session.cache[key][:, step]
-    return {
-        "x0": x0,
-        "z": tokens_from_pixels(session, x0),
-        "y": (given.get("model_kwargs") or {}).get("y"),
-        "alpha": alpha,
-        "sigma": sigma,
-        "prediction": _prediction(diffusion),
-    }
+    labels = (given.get("model_kwargs") or {}).get("y")
+    return {"x0": x0, "y": labels, "path": session.cache[key][:, step].unbind(), "prediction": _prediction(diffusion)}
 
 
-def convert_diffusion(inputs: Mapping[str, Any], x: Tensor, t: Tensor, output: Any) -> dict[str, Any]:
-    """x0_hat from the first half of the channels; the noise level instead of the step."""
-    alpha, sigma = inputs["alpha"], inputs["sigma"]
-    prediction = promote(output[:, : x.shape[1]])
-    x0_hat = prediction
-    if inputs["prediction"] == "epsilon":
-        x0_hat = estimate_from_noise(promote(x), prediction, time_like(alpha, x), time_like(sigma, x))
-    return {"x_t": x, "t": noise_level(alpha, sigma), "x0_hat": x0_hat}
+def in_forward(inputs: Mapping[str, Any], x: Any, t: Any, output: Any) -> dict[str, Any]:
+    """The prediction is the first half of the channels; the path's coefficients stand for the step."""
+    return {"x_t": x, "path": inputs["path"], inputs["prediction"]: output[:, : x.shape[1]]}
 
 
 def _prediction(diffusion: Any) -> str:
-    name = diffusion.model_mean_type.name.lower()
-    if name not in ("epsilon", "start_x"):
+    name = diffusion.model_mean_type.name
+    if name not in ("EPSILON", "START_X"):
         do = "Use create_diffusion's defaults, or predict_xstart=True."
-        raise ConfigError(explain("model_mean_type", expected="EPSILON or START_X", got=name.upper(), do=do))
-    return name
+        raise ConfigError(explain("model_mean_type", expected="EPSILON or START_X", got=name, do=do))
+    return "noise" if name == "EPSILON" else "x0_hat"
 
 
 DIT = HostSpec(
@@ -73,7 +55,7 @@ DIT = HostSpec(
         "self model *args **kwargs",
         {"ed81ce2": "d0907ba91474a84305731517622d4b506af6accb30e402b7e20864c82ba62ccb"},
     ),
-    points=(
+    verified=(
         point(
             "models.py",
             "DiT.__init__",
@@ -88,19 +70,11 @@ DIT = HostSpec(
             {"ed81ce2": "7ee73ee8e7c1b8db507534f6e6cd8a9541d0d48ce65a13f996e3daa852580f5a"},
         ),
     ),
-    files=("train.py", "models.py", "diffusion/respace.py", "diffusion/gaussian_diffusion.py"),
-    insertions=(
-        Insertion(
-            "train.py",
-            "from diffusers.models import AutoencoderKL",
-            apply_line("dit"),
-            {"ed81ce2": "7cfee8089bf569cbcdb525b543d93dab3b0a3be8"},
-        ),
-    ),
-    needs_encoder=True,
-    read=read_diffusion,
-    convert=convert_diffusion,
-    write=write_terms,
-    seams=pixel_seam,
+    insertions=(Insertion("train.py", "from diffusers.models import AutoencoderKL", apply_line("dit")),),
+    encoder="pixels",
+    before_loss=before_loss,
+    in_forward=in_forward,
+    after_loss=transport.after_loss,
+    libraries=(VAE,),
     shims=(compat.RESUME, compat.FRESH_OPTIMIZER),
 )

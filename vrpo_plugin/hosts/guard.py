@@ -1,42 +1,45 @@
-"""Optimizer steps of a host that are not finite are left out, without waiting for the device."""
+"""Optimizer steps of a host that are not finite are left out, by torch's own step hooks."""
 
-from collections.abc import Sequence
-from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vrpo_plugin.errors import NonFiniteError, explain
 from vrpo_plugin.modules.guard import NonFiniteGuard
-from vrpo_plugin.patching.handle import Seam
-
-if TYPE_CHECKING:
-    from vrpo_plugin.hosts.session import Session
 
 SKIPPED, IN_A_ROW = "vrpo/skipped", "vrpo/skipped_in_a_row"
 
 
 class HostGuard:
-    """Guards the AdamW that holds the aligner; counts on the device what it leaves out."""
+    """Guards the optimizer that holds the aligner, and counts on the device what it leaves out.
+
+    A fused step is left out on the device. Any other kind looks at its gradients on the host, so there one number
+    per step is waited for.
+    """
 
     def __init__(self) -> None:
         self.aligner = torch.nn.Module()  # of the model that was made last
         self.guard: NonFiniteGuard | None = None
+        self._guarded: torch.optim.Optimizer | None = None
         self._counts: Tensor | None = None  # of steps left out: in all, and in a row
 
     def before(self, optimizer: torch.optim.Optimizer) -> None:
         """Decides about the step that the optimizer is about to make."""
-        use_fused(optimizer)
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not gradients:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not parameters:
             return
-        norm = torch.stack(torch._foreach_norm(gradients)).float().sum()
-        if self.guard is None or self.guard.optimizer is not optimizer:
-            self.guard = NonFiniteGuard(optimizer, self.aligner)
+        fused = all(group.get("fused") for group in optimizer.param_groups)
+        if self.guard is None or self._guarded is not optimizer:
+            target: Any = optimizer if fused else _TakesTheDecision()
+            self.guard, self._guarded = NonFiniteGuard(target, self.aligner), optimizer
+        norm = torch.stack(torch._foreach_norm([p.grad for p in parameters])).float().sum()
         skipped = self.guard.check([norm])
         in_all, in_a_row = self.counts(norm.device).values()
         self._counts = torch.stack([in_all + skipped, (in_a_row + 1) * skipped])
+        if not fused and skipped.item():
+            for parameter in parameters:  # a parameter without a gradient is not stepped, and keeps its moments
+                parameter.grad = None
 
     def counts(self, device: torch.device) -> dict[str, Tensor]:
         """Steps left out so far: log name to 0-dim tensor."""
@@ -50,37 +53,21 @@ class HostGuard:
             self.guard.keep()
 
 
-def use_fused(optimizer: torch.optim.Optimizer) -> None:
-    """Makes the step one kernel, which can leave it out on the device. The host has not asked for another kind."""
+class _TakesTheDecision:
+    """What ``NonFiniteGuard`` tells in place of an optimizer that could not act on it."""
+
+    param_groups = ({"fused": True},)
+
+
+def make_fused(optimizer: torch.optim.Optimizer) -> None:
+    """Makes the step one kernel, as ``fused_optimizer`` asks."""
     for group in optimizer.param_groups:
         if group.get("fused"):
             continue
         group["fused"] = True
         for parameter in group["params"]:
-            if "step" in (state := optimizer.state.get(parameter, {})):  # of a checkpoint without the plugin
+            if "step" in (state := optimizer.state.get(parameter, {})):  # of a checkpoint that was not fused
                 state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device)
-
-
-def guarded_step(session: "Session") -> Sequence[Seam]:
-    """``AdamW.step``, where it updates the aligner; every other optimizer of the process steps as it did."""
-    if session.idle or not session.options.max_skipped_steps:
-        return []
-    # Torch replaces the method of a class when it makes its first instance: before us, so that we are on top.
-    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
-
-    def wrap(original: Any) -> Any:
-        @wraps(original)
-        def step(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-            if not session.owns(self):
-                return original(self, *args, **kwargs)
-            session.guard.before(self)
-            result = original(self, *args, **kwargs)
-            session.guard.after()
-            return result
-
-        return step
-
-    return [Seam(torch.optim.AdamW, "step", wrap, "torch.optim.AdamW.step")]
 
 
 def check_skipped(values: dict[str, float], limit: int) -> None:

@@ -11,6 +11,7 @@ from vrpo_plugin.config import VRPOConfig, check_keys
 from vrpo_plugin.errors import ConfigError, explain
 
 PREFIX = "VRPO_"
+DEFAULT_ENCODER = "dinov2-vit-b"
 NOT_SETTINGS = {"VRPO_CONFIG", "VRPO_HOST", "VRPO_HOSTS_DIR"}
 
 
@@ -20,23 +21,27 @@ class HostOptions:
 
     Attributes:
         encoder: timm's or REPA's name of the frozen encoder, for hosts that have none (SiT, DiT); several are joined
-            by commas.
+            by commas; None is ``dinov2-vit-b``.
         encoder_checkpoint: its local weights, as many as names; None takes timm's, from the local cache or by download.
-        compat: cures of upstream breakages: ``all``, ``none``, or their names.
+        compat: workarounds for upstream breakages: ``all``, ``none``, or their names.
         log_every: training calls between lines of text, where the host has no tracker to log to.
         max_skipped_steps: optimizer steps whose gradients are not finite are left out; more than so many in a row end
             the run. 0 leaves the optimizer alone.
-        allow_unverified: accept a host whose code differs from the verified commits, but not its signatures.
+        fused_optimizer: make the optimizer fused: a step that is not finite is then left out without waiting for the
+            device, and its numbers are rounded otherwise. False leaves it as the host made it.
+        allow_unverified: accept a host whose code differs from the verified commits, and parameters with defaults that
+            it has added; not another signature.
 
     Raises:
         ConfigError: a value of the wrong kind.
     """
 
-    encoder: str = "dinov2-vit-b"
+    encoder: str | None = None
     encoder_checkpoint: str | None = None
     compat: str | tuple[str, ...] = "all"
     log_every: int = 100
     max_skipped_steps: int = 100
+    fused_optimizer: bool = False
     allow_unverified: bool = False
 
     def __post_init__(self) -> None:
@@ -45,10 +50,11 @@ class HostOptions:
         if isinstance(self.compat, list):
             object.__setattr__(self, "compat", tuple(self.compat))
         self._check_encoder()
-        if not isinstance(self.allow_unverified, bool):
-            raise ConfigError(
-                explain("allow_unverified", expected="True or False", got=repr(self.allow_unverified), do="Correct it.")
-            )
+        for name in ("allow_unverified", "fused_optimizer"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(
+                    explain(name, expected="True or False", got=repr(getattr(self, name)), do="Correct it.")
+                )
         for name in ("log_every", "max_skipped_steps"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -60,7 +66,7 @@ class HostOptions:
             if isinstance(value, (list, tuple, os.PathLike)):
                 several = value if isinstance(value, (list, tuple)) else [value]
                 object.__setattr__(self, name, ",".join(map(str, several)))
-            elif not isinstance(value, str) and not (value is None and name == "encoder_checkpoint"):
+            elif not isinstance(value, str) and value is not None:
                 expected, do = "a name, or several joined by commas", "Correct it."
                 raise ConfigError(explain(name, expected=expected, got=repr(value), do=do))
 

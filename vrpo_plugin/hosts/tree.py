@@ -8,10 +8,10 @@ from pathlib import Path
 from vrpo_plugin.config import check_keys
 from vrpo_plugin.errors import HostNotFoundError, VRPOError, explain
 from vrpo_plugin.hosts.base import HostSpec
-from vrpo_plugin.hosts.known import HOSTS, detect_hosts, find_candidates, find_spec
+from vrpo_plugin.hosts.known import HOSTS, candidate, find_candidates, find_spec, no_host, require_folder
 from vrpo_plugin.patching.atomic import replace_bytes
 from vrpo_plugin.patching.fingerprint import verify_points
-from vrpo_plugin.patching.source import Insertion, SourceState, patch_file, unpatch_file
+from vrpo_plugin.patching.source import Insertion, SourceState, our_lines, patch_file, unpatch_file
 
 
 @dataclass(frozen=True)
@@ -34,26 +34,27 @@ def hosts_in(root: Path, name: str | None = None) -> list[Place]:
 
     Args:
         root: the checkout, or the folder of its scripts.
-        name: of one host; by default those of the repository that the folder resembles most.
+        name: of one host, or of one's own as in ``find_spec``; by default those of the repository that the folder
+            resembles most.
 
     Raises:
         ConfigError: no host has that name.
         HostNotFoundError: files are missing; the nearest host is named, and what it lacks.
         HostChangedError: a file with a seam is no Python source.
     """
-    candidates = find_candidates(root)
     if name is not None:
-        spec = find_spec(name)
-        candidates = [one for one in candidates if one.spec is spec]
-        if missing := candidates[0].missing:
-            got, do = f"no {', '.join(missing)}", "Give the folder of a checkout of it, or another --host."
+        spec = find_spec(name, root)
+        require_folder(root)
+        chosen = candidate(root, spec)
+        if chosen.missing:
+            got, do = f"no {', '.join(chosen.missing)}", "Give the folder of a checkout of it, or another --host."
             raise HostNotFoundError(explain(str(root), expected=f"{spec.repository} ({name})", got=got, do=do))
+        return [Place(spec, chosen.folder, spec.insertions)]
+    candidates = find_candidates(root)
     complete = [one for one in candidates if not one.missing]
     if not complete:
-        detect_hosts(root)  # raises: it says what is missing
-    nearest = next((one for one in complete if one.fits), complete[0])
-    # One repository alone: the files that REG needs are there in REPA too.
-    folders = {one.spec.name: one.folder for one in complete if one.spec.repository == nearest.spec.repository}
+        raise no_host(root, candidates[0])
+    folders = {one.spec.name: one.folder for one in complete if one.spec.repository == complete[0].spec.repository}
     return [Place(spec, folders[name], spec.insertions) for name, spec in HOSTS.items() if name in folders]
 
 
@@ -80,9 +81,11 @@ def patch_tree(
             are as they were.
     """
     places = _with_script(hosts_in(root, host), script)
+    there = [place for place in places if any(os.path.isfile(place.folder / one.file) for one in place.scripts)]
+    places = there or places  # a checkout may lack one of its repository's scripts
     _refuse_outside(root, places)
     for place in places:
-        verify_points(place.folder, place.spec.all_points, allow_unverified=allow_unverified)
+        verify_points(place.folder, place.spec.points, allow_unverified=allow_unverified)
     return _all_or_none(patch_file, places)
 
 
@@ -101,20 +104,23 @@ def unpatch_tree(root: Path, *, host: str | None = None, script: str | None = No
         ConfigError: no host or script has that name.
         HostNotFoundError: the folder is no such host.
         HostChangedError: a script is no Python source any more.
-        PatchConflictError: a script holds another line of ours, or ours twice.
+        PatchConflictError: a script holds another line of ours than a call with any settings, or ours twice.
         VRPOError: as in :func:`patch_tree`. In every case all scripts are as they were.
     """
-    specs = [find_spec(host)] if host is not None else HOSTS.values()
+    specs = [find_spec(host, root)] if host is not None else HOSTS.values()
     everywhere = [
         Place(spec, folder, spec.insertions) for spec in specs for folder in dict.fromkeys((root / spec.folder, root))
     ]
-    holding = [
-        replace(place, scripts=tuple(one for one in place.scripts if _holds_line(place.folder, one)))
-        for place in _with_script(everywhere, script)
-    ]
-    _refuse_outside(root, holding)
-    if any(place.scripts for place in holding):
-        return _all_or_none(unpatch_file, holding)
+    chosen: dict[Path, Place] = {}
+    for place in _with_script(everywhere, script):
+        for one in place.scripts:
+            path = place.folder / one.file
+            # Several hosts have a train.py: the one whose line it is, else any, which says what is there instead.
+            if b"vrpo_plugin" in _bytes_of(path) and (path not in chosen or our_lines(path, one)):
+                chosen[path] = replace(place, scripts=(one,))
+    _refuse_outside(root, [*chosen.values()])
+    if chosen:
+        return _all_or_none(unpatch_file, [*chosen.values()])
     return _all_or_none(unpatch_file, _with_script(hosts_in(root, host), script))
 
 
@@ -130,10 +136,6 @@ def _with_script(places: Sequence[Place], script: str | None) -> list[Place]:
 
 def _names(place: Place, one: Insertion) -> tuple[str, ...]:
     return one.file, (Path(place.spec.folder) / one.file).as_posix()
-
-
-def _holds_line(folder: Path, one: Insertion) -> bool:
-    return one.line.encode() in _bytes_of(folder / one.file)
 
 
 def _bytes_of(path: Path) -> bytes:

@@ -4,6 +4,7 @@ import ast
 import errno
 import hashlib
 import os
+import shlex
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,11 @@ class SourcePoint:
     parameters: tuple[str, ...]
     fingerprints: Mapping[str, str]
 
+    @property
+    def module(self) -> str:
+        """Dotted name of the file, as it is imported from the host's root."""
+        return self.file.removesuffix(".py").replace("/", ".")
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -48,8 +54,9 @@ class Finding:
     Attributes:
         point: what was looked for.
         path: the file it was looked for in.
-        status: ``known``: the source of a known commit; ``changed``: another body behind the same parameters;
-            ``signature``: other parameters; ``missing``: no such file or definition.
+        status: ``known``: the source of a known commit; ``changed``: another body behind the same parameters, or
+            behind the same and more that have defaults; ``signature``: other parameters; ``missing``: no such file or
+            definition.
         commit: the first known commit with this source; None unless ``known``.
         parameters: those found; empty where ``missing``.
         fingerprint: that found; empty where ``missing``.
@@ -162,8 +169,33 @@ def _compare(tree: ast.Module, path: Path, point: SourcePoint) -> Finding:
     parameters, found = parameters_of(node), fingerprint(node)
     commit = next((commit for commit, known in point.fingerprints.items() if known == found), None)
     if parameters != point.parameters:
-        return Finding(point, path, "signature", None, parameters, found)
+        status: Status = "changed" if _only_appends(node, point.parameters) else "signature"
+        return Finding(point, path, status, None, parameters, found)
     return Finding(point, path, "changed" if commit is None else "known", commit, parameters, found)
+
+
+def _only_appends(node: Definition, expected: Sequence[str]) -> bool:
+    """Whether a definition takes every call that fits the expected parameters: it has these, and optional ones after.
+
+    Who passes arguments by place passes them to the same names; who passes them by name leaves the new ones out.
+    """
+    if isinstance(node, ast.ClassDef):
+        constructor = _definitions_in(node).get("__init__")
+        return constructor is not None and _only_appends(constructor, expected)
+    a = node.args
+    by_place = [arg.arg for arg in a.posonlyargs + a.args]
+    optional = {*by_place[len(by_place) - len(a.defaults) :]}
+    optional |= {arg.arg for arg, default in zip(a.kwonlyargs, a.kw_defaults, strict=True) if default is not None}
+    found = parameters_of(node)
+    added = [name for name in found if name not in expected]
+    wanted = [name for name in expected if name in by_place]
+    takes_any = a.vararg is not None and f"*{a.vararg.arg}" in expected  # a new name would take one of these
+    return (
+        all(name in optional or name.startswith("*") for name in added)
+        and [name for name in found if name not in added] == list(expected)
+        and by_place[: len(wanted)] == wanted
+        and not (takes_any and len(by_place) > len(wanted))
+    )
 
 
 def verify_points(root: Path, points: Sequence[SourcePoint], *, allow_unverified: bool = False) -> list[Finding]:
@@ -172,7 +204,7 @@ def verify_points(root: Path, points: Sequence[SourcePoint], *, allow_unverified
     Args:
         root: the host's root folder.
         points: each may match any of its known commits.
-        allow_unverified: accepts a changed body; never changed parameters.
+        allow_unverified: accepts a changed body, and further parameters with defaults; never other parameters.
 
     Returns:
         One finding per point, ``known`` or, where allowed, ``changed``.
@@ -243,8 +275,8 @@ def _no_source(path: Path, error: Exception) -> HostChangedError:
 def _refusal(root: Path, finding: Finding) -> VRPOError:
     point = finding.point
     subject = f"{finding.path}: {point.name}"
-    commits = " or ".join(point.fingerprints)
-    do = f"Check out a known commit, or run 'vrpo check {root}'"
+    commits = " or ".join(point.fingerprints) or "(none named)"
+    do = f"Check out a known commit, or run '{shlex.join(['vrpo', 'check', str(root)])}'"
     if finding.status == "missing":
         return HostNotFoundError(
             explain(subject, expected=f"it as in commit {commits}", got=finding.reason, do=f"{do}.")
@@ -254,6 +286,9 @@ def _refusal(root: Path, finding: Finding) -> VRPOError:
         got = f"({', '.join(finding.parameters)})"
         do = f"{do}; allow_unverified does not waive a changed signature."
         return HostChangedError(explain(subject, expected=expected, got=got, do=do))
+    added = [name for name in finding.parameters if name not in point.parameters]
     got = f"another body (fingerprint {finding.fingerprint[:12]})"
-    do = f"{do}; allow_unverified=True (VRPO_ALLOW_UNVERIFIED=1) accepts a changed body."
+    if added:
+        got += f" with more parameters, which have defaults ({', '.join(added)})"
+    do = f"{do}; allow_unverified=True (VRPO_ALLOW_UNVERIFIED=1) accepts it."
     return HostChangedError(explain(subject, expected=f"the source of commit {commits}", got=got, do=do))

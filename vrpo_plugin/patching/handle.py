@@ -34,6 +34,19 @@ class Seam:
 
 
 @dataclass(frozen=True)
+class Hook:
+    """Something that a library lets one add, and take away again; nothing is replaced.
+
+    Attributes:
+        label: name for messages.
+        add: adds it, and returns what takes it away.
+    """
+
+    label: str
+    add: Callable[[], Callable[[], object]]
+
+
+@dataclass(frozen=True)
 class _Replacement:
     seam: Seam
     own: Any  # the raw object of the owner's own __dict__, or _ABSENT
@@ -65,15 +78,20 @@ class PatchHandle:
         name: of the host: ``repa``.
         config: what the patch was made with, compared by ``==``.
         seams: labels of the replaced attributes, in order.
+        hooks: labels of what was added.
         fired: how often each replacement ran, by label.
+        launched: the launcher made it, for a script that may hold the one line too.
     """
 
     def __init__(self, name: str, config: Any) -> None:
         self.name = name
         self.config = config
         self.seams: tuple[str, ...] = ()
+        self.hooks: tuple[str, ...] = ()
         self.fired: dict[str, int] = {}
+        self.launched = False
         self._replacements: tuple[_Replacement, ...] = ()
+        self._take_away: list[Callable[[], object]] = []
 
     def fire(self, label: str) -> None:
         """Counts one run of a replacement, which calls this itself."""
@@ -97,9 +115,14 @@ class PatchHandle:
                         do="Remove the later one first.",
                     )
                 )
+        self._undo()
+        _active.remove(self)
+
+    def _undo(self) -> None:
+        while self._take_away:
+            self._take_away.pop()()
         for replacement in reversed(self._replacements):
             replacement.take_back()
-        _active.remove(self)
 
     def __enter__(self) -> "PatchHandle":
         return self
@@ -115,14 +138,18 @@ def active_handles() -> tuple[PatchHandle, ...]:
     return tuple(_active)
 
 
-def apply_patch(name: str, config: Any, seams: Callable[[PatchHandle], Sequence[Seam]] | Sequence[Seam]) -> PatchHandle:
-    """Replaces every seam, or none where anything fails on the way.
+def apply_patch(
+    name: str,
+    config: Any,
+    seams: Callable[[PatchHandle], Sequence[Seam | Hook]] | Sequence[Seam | Hook],
+) -> PatchHandle:
+    """Replaces every seam and adds every hook, or none where anything fails on the way.
 
     Args:
         name: of the host.
         config: what tells this patch from another of the same name, by ``==``.
-        seams: the attributes to replace, or a function from the new handle to them, for wrappers that call
-            ``handle.fire``.
+        seams: the attributes to replace and the hooks to add, or a function from the new handle to them, for wrappers
+            that call ``handle.fire``.
 
     Returns:
         The new handle; the live one where the same seams are patched under an equal name and configuration.
@@ -133,22 +160,23 @@ def apply_patch(name: str, config: Any, seams: Callable[[PatchHandle], Sequence[
             twice in the list, or its ``wrap`` returned nothing new.
     """
     handle = PatchHandle(name, config)
-    seams = tuple(seams(handle) if callable(seams) else seams)
-    live = _live_handle(name, config, seams)
+    both = tuple(seams(handle) if callable(seams) else seams)
+    replaced, hooks = [one for one in both if isinstance(one, Seam)], [one for one in both if isinstance(one, Hook)]
+    live = _live_handle(name, config, replaced)
     if live is not None:
         return live
-    _verify(name, seams)
-    replacements = tuple(_replacement(name, seam) for seam in seams)
+    _verify(name, replaced)
+    handle._replacements = tuple(_replacement(name, seam) for seam in replaced)
     try:
-        for replacement in replacements:
+        for replacement in handle._replacements:
             replacement.put()
+        for hook in hooks:
+            handle._take_away.append(hook.add())
     except BaseException:
-        for replacement in reversed(replacements):
-            replacement.take_back()
+        handle._undo()
         raise
-    handle.seams = tuple(seam.label for seam in seams)
+    handle.seams, handle.hooks = tuple(one.label for one in replaced), tuple(one.label for one in hooks)
     handle.fired = dict.fromkeys(handle.seams, 0)
-    handle._replacements = replacements
     _active.append(handle)
     return handle
 
@@ -244,6 +272,8 @@ def _holder(attribute: Any) -> str | None:
 
 
 def _difference(old: Any, new: Any) -> str:
+    if isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
+        return ", ".join(_difference(a, b) for a, b in zip(old, new, strict=True) if a != b)
     if is_dataclass(old) and type(old) is type(new):
         names = [field.name for field in fields(old) if getattr(old, field.name) != getattr(new, field.name)]
         return ", ".join(f"{name} {getattr(old, name)!r} -> {getattr(new, name)!r}" for name in names)

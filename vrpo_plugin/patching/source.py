@@ -7,12 +7,10 @@ and its tree is the old tree with our statements right after the anchor.
 
 import ast
 import difflib
-import hashlib
 import os
 import re
 import stat
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -20,34 +18,11 @@ from typing import Literal
 from vrpo_plugin.errors import HostChangedError, HostNotFoundError, PatchConflictError, VRPOError, explain
 from vrpo_plugin.patching.atomic import replace_bytes, why_read_only
 from vrpo_plugin.patching.fingerprint import NOT_PYTHON
-from vrpo_plugin.patching.lines import insert_line, newline_of, remove_line
-
-Status = Literal[
-    "clean",  # a known version: the line can go in
-    "moved",  # another version, or edited, but the anchor is unique: the line can go in
-    "patched",  # our line stands after the anchor
-    "missing file",
-    "broken",  # does not compile, as it is or with our line
-    "missing anchor",
-    "ambiguous",  # the anchor stands there twice
-    "shared line",  # the anchor's line goes on with another statement
-    "foreign patch",  # another version of our line, ours twice, or ours before the anchor
-    "read-only",
-]
+from vrpo_plugin.patching.lines import insert_line, remove_line
 
 _IMPORTS = (ast.Import, ast.ImportFrom)
 # An import of ours, commented out or not, and any call; a sentence that names the package is neither.
 _OTHER_VERSION = re.compile(rb"(?:^|;)[\s#]*(?:import\b[^#]*|from\s+)\bvrpo_plugin\b|\bvrpo_plugin\.apply")
-
-_REFUSALS: Mapping[Status, tuple[type[VRPOError], str, str]] = {
-    "missing file": (HostNotFoundError, "a script of the host", "Name the root of the host's repository."),
-    "broken": (HostChangedError, "code that compiles", "Repair the script, or put the line in by hand: {line}"),
-    "missing anchor": (HostChangedError, "'{anchor}'", "Check out {known}, or put the line in by hand: {line}"),
-    "ambiguous": (HostChangedError, "'{anchor}' once", "Check out {known}, or put the line in by hand: {line}"),
-    "shared line": (HostChangedError, "'{anchor}' to end its line", "Give it a line of its own, then run again."),
-    "foreign patch": (PatchConflictError, "at most '{line}'", "Remove vrpo_plugin's lines by hand, then run again."),
-    "read-only": (VRPOError, "a file that may be changed", "Give write permission (chmod u+w), then run again."),
-}
 
 
 @dataclass(frozen=True)
@@ -57,14 +32,12 @@ class Insertion:
     Attributes:
         file: the script, relative to the host's root, as ``train.py``.
         anchor: the top-level import statement that our line follows, as ``ast.unparse`` writes it.
-        line: the statements to insert, without a newline.
-        blobs: commit (7 hex digits) -> git's blob id (40 hex digits) of the file.
+        line: the statements to insert, without a newline: an import of this package, and a call that applies it.
     """
 
     file: str
     anchor: str
     line: str
-    blobs: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -73,28 +46,19 @@ class SourceState:
 
     Attributes:
         path: the script.
-        status: what it is; ``clean`` and ``moved`` can be patched.
+        status: ``ready``: the line can go in; ``patched``: it is there, with any settings; ``refused``.
         detail: the same in words, with line numbers.
-        commit: the known commit of the script without our line; None if it is no known version.
-        blob: git's id of the bytes as they stand; empty if the file could not be read.
         line_number: 1-based, where our line stands, or after which it goes; None if it has no place.
-        newline: what ends our line; empty if it has no place.
         changed: True if the call that returned this wrote the file.
+        error: why it is refused.
     """
 
     path: Path
-    status: Status
+    status: Literal["ready", "patched", "refused"]
     detail: str
-    commit: str | None = None
-    blob: str = ""
     line_number: int | None = None
-    newline: str = ""
     changed: bool = False
-
-
-def blob_id(data: bytes) -> str:
-    """The id that ``git hash-object`` gives these bytes."""
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    error: VRPOError | None = None
 
 
 def read_state(root: Path, insertion: Insertion) -> SourceState:
@@ -103,7 +67,7 @@ def read_state(root: Path, insertion: Insertion) -> SourceState:
 
 
 def patch_file(root: Path, insertion: Insertion) -> SourceState:
-    """Inserts our line after the anchor; a script that has it already stays as it is.
+    """Inserts our line after the anchor; a script that has it already, with any settings, stays as it is.
 
     Args:
         root: the host's root.
@@ -121,8 +85,8 @@ def patch_file(root: Path, insertion: Insertion) -> SourceState:
     state, data = _inspect(root / insertion.file, insertion)
     if state.status == "patched":
         return state
-    if state.status not in ("clean", "moved") or state.line_number is None:
-        raise _refusal(state, insertion)
+    if state.error is not None or state.line_number is None:
+        raise state.error or AssertionError(state)
     replace_bytes(state.path, data, insert_line(data, state.line_number, insertion.line.encode()))
     return replace(read_state(root, insertion), changed=True)
 
@@ -132,7 +96,7 @@ def unpatch_file(root: Path, insertion: Insertion) -> SourceState:
 
     Args:
         root: the host's root.
-        insertion: what went where.
+        insertion: what went where; the line may have been given settings since.
 
     Returns:
         The state afterwards; ``changed`` is False if there was nothing to remove.
@@ -147,113 +111,99 @@ def unpatch_file(root: Path, insertion: Insertion) -> SourceState:
     try:
         tree = _compiled(data)
     except NOT_PYTHON:
-        raise _refusal(state, insertion) from None
+        raise state.error or AssertionError(state) from None
     ours = _our_lines(data, tree, insertion)
-    if len(ours) > 1 or (not ours and state.status in ("missing file", "foreign patch")):
-        raise _refusal(state, insertion)
-    if not ours:
+    if len(ours) != 1:
+        if isinstance(state.error, (HostNotFoundError, PatchConflictError)):
+            raise state.error
         return state
     if why := why_read_only(state.path):
-        raise _refusal(replace(state, status="read-only", detail=why), insertion)
+        raise _read_only(state.path, why).error or AssertionError()
     new = remove_line(data, ours[0])
     if why := _misfit(new, [node for node in tree.body if node.lineno != ours[0]]):
-        raise _refusal(replace(state, status="broken", detail=f"without our line {why}"), insertion)
+        raise _broken(state.path, insertion, f"without our line {why}").error or AssertionError()
     replace_bytes(state.path, data, new)
     return replace(read_state(root, insertion), changed=True)
 
 
-def format_patch(insertion: Insertion, *, repository: str, commit: str, line_number: int) -> str:
-    """The text of a patch file that adds our line to one known commit, for those who cannot run ``vrpo patch``.
-
-    Args:
-        insertion: what goes where.
-        repository: ``owner/name``, for the header.
-        commit: a key of ``insertion.blobs``.
-        line_number: the 1-based line of that version after which our line goes; not its last line.
-    """
-    name = insertion.file
-    return f"""\
-# vrpo-plugin: one added line
-# repository: {repository}
-# commit: {commit}
-# blob: {insertion.blobs[commit]}
-#
-# Better: "vrpo patch ROOT". By hand, only if "git hash-object {name}" prints the blob above:
-#     git apply --unidiff-zero THIS_FILE
-# git does not check it: the patch has no context, so that it also "applies" to any other version of the file, at this
-# line number, be it the middle of a call.
-diff --git a/{name} b/{name}
---- a/{name}
-+++ b/{name}
-@@ -{line_number},0 +{line_number + 1} @@
-+{insertion.line}
-"""
+def our_lines(path: Path, insertion: Insertion) -> list[int]:
+    """The 1-based numbers of the lines of a script that are ours, with any settings; none where it cannot be read."""
+    data = _inspect(path, insertion)[1]
+    try:
+        return _our_lines(data, _compiled(data), insertion)
+    except NOT_PYTHON:
+        return []
 
 
-def _refusal(state: SourceState, insertion: Insertion) -> VRPOError:
-    kind, expected, do = _REFUSALS[state.status]
-    words = {
-        "anchor": insertion.anchor,
-        "line": insertion.line,
-        "known": " or ".join(insertion.blobs) or "a known version",
-    }
-    return kind(explain(str(state.path), expected=expected.format(**words), got=state.detail, do=do.format(**words)))
+def _refused(path: Path, kind: type[VRPOError], expected: str, got: str, do: str) -> SourceState:
+    return SourceState(path, "refused", got, error=kind(explain(str(path), expected=expected, got=got, do=do)))
+
+
+def _missing(path: Path, error: OSError) -> SourceState:
+    got, do = error.strerror or str(error), "Name the root of the host's repository."
+    return _refused(path, HostNotFoundError, "a script of the host", got, do)
+
+
+def _broken(path: Path, insertion: Insertion, got: str) -> SourceState:
+    do = f"Repair the script, or put the line in by hand: {insertion.line}"
+    return _refused(path, HostChangedError, "code that compiles", got, do)
+
+
+def _foreign(path: Path, insertion: Insertion, got: str) -> SourceState:
+    do = "Remove vrpo_plugin's lines by hand, then run again."
+    return _refused(path, PatchConflictError, f"at most '{insertion.line}'", got, do)
+
+
+def _read_only(path: Path, got: str) -> SourceState:
+    do = "Give write permission (chmod u+w), then run again."
+    return _refused(path, VRPOError, "a file that may be changed", got, do)
 
 
 def _inspect(path: Path, insertion: Insertion) -> tuple[SourceState, bytes]:
     """The state, and the bytes that it is of."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be read for ever
-            return SourceState(path, "missing file", "something else than a file"), b""
+            raise OSError(0, "something else than a file")
         data, read_only = path.read_bytes(), why_read_only(path)
     except OSError as error:
-        return SourceState(path, "missing file", error.strerror or str(error)), b""
-    status, detail, number = _look(data, insertion)
-    # A Windows checkout differs from git's blob by its line endings alone.
-    original = remove_line(data, number) if status == "patched" and number else data
-    ids = {blob_id(original), blob_id(original.replace(b"\r\n", b"\n"))}
-    commit = next((commit for commit, blob in insertion.blobs.items() if blob in ids), None)
-    if status == "clean" and commit is None:
-        status, detail = "moved", f"{detail}, in no version that was verified (blob {blob_id(data)[:7]})"
-    if status in ("clean", "moved") and read_only:
-        status, detail = "read-only", read_only
-    newline = newline_of(data, number).decode() if number else ""
-    return SourceState(path, status, detail, commit, blob_id(data), number, newline), data
+        return _missing(path, error), b""
+    state = _look(path, data, insertion)
+    return _read_only(path, read_only) if state.status == "ready" and read_only else state, data
 
 
-def _look(data: bytes, insertion: Insertion) -> tuple[Status, str, int | None]:
-    """Status (``clean`` for all that can be patched), what was seen, and the line of :class:`SourceState`."""
+def _look(path: Path, data: bytes, insertion: Insertion) -> SourceState:
     try:
         tree = _compiled(data)
     except NOT_PYTHON as error:
-        return "broken", f"{type(error).__name__}: {error}", None
-    lines = data.splitlines()
-    ours = _our_lines(data, tree, insertion)
+        return _broken(path, insertion, f"{type(error).__name__}: {error}")
+    lines, ours = data.splitlines(), _our_lines(data, tree, insertion)
     others = [n for n, line in enumerate(lines, 1) if n not in ours and _OTHER_VERSION.search(line)]
     if len(ours) > 1:
-        return "foreign patch", f"it at lines {ours}", None
+        return _foreign(path, insertion, f"it at lines {ours}")
     if others:
-        return "foreign patch", f"at line {others[0]} {lines[others[0] - 1].strip()!r}", None
+        return _foreign(path, insertion, f"at line {others[0]} {lines[others[0] - 1].strip()!r}")
     anchors = [node for node in tree.body if isinstance(node, _IMPORTS) and ast.unparse(node) == insertion.anchor]
-    if not anchors:
-        return "missing anchor", _nearest(tree, insertion.anchor), None
+    if len(anchors) != 1:
+        found = [node.lineno for node in anchors]
+        got = f"it at lines {found} (ambiguous)" if found else _nearest(tree, insertion.anchor)
+        expected, do = f"'{insertion.anchor}'{' once' * bool(found)}", f"Put the line in by hand: {insertion.line}"
+        return _refused(path, HostChangedError, expected, got, do)
     last = anchors[0].end_lineno or 0
-    if len(anchors) > 1:
-        return "ambiguous", f"it at lines {[node.lineno for node in anchors]} (ambiguous)", None
     if ours and ours[0] < last:
-        return "foreign patch", f"it at line {ours[0]}, before '{insertion.anchor}' at line {last}", None
+        return _foreign(path, insertion, f"it at line {ours[0]}, before '{insertion.anchor}' at line {last}")
     if ours:
-        return "patched", f"our line at line {ours[0]}", ours[0]
+        return SourceState(path, "patched", f"our line at line {ours[0]}", ours[0])
     index = tree.body.index(anchors[0]) + 1
     if any(node.lineno == last for node in tree.body[index:]) or lines[last - 1].endswith(b"\\"):
-        return "shared line", f"more on line {last}", None
-    expected = [*tree.body[:index], *ast.parse(insertion.line).body, *tree.body[index:]]
+        expected, do = f"'{insertion.anchor}' to end its line", "Give it a line of its own, then run again."
+        return _refused(path, HostChangedError, expected, f"more on line {last}", do)
+    expected_tree = [*tree.body[:index], *ast.parse(insertion.line).body, *tree.body[index:]]
     new = insert_line(data, last, insertion.line.encode())
-    if why := _misfit(new, expected):
-        return "broken", f"with our line {why}", None
+    if why := _misfit(new, expected_tree):
+        return _broken(path, insertion, f"with our line {why}")
     if _our_lines(new, _compiled(new), insertion) != [last + 1]:  # it could not be found again to take it out
-        return "broken", "an encoding whose lines are not those of the bytes", None
-    return "clean", f"'{insertion.anchor}' ends at line {last}", last
+        return _broken(path, insertion, "an encoding whose lines are not those of the bytes")
+    return SourceState(path, "ready", f"'{insertion.anchor}' ends at line {last}", last)
 
 
 def _compiled(data: bytes) -> ast.Module:
@@ -278,10 +228,25 @@ def _dumps(statements: list[ast.stmt]) -> list[str]:
 
 
 def _our_lines(data: bytes, tree: ast.Module, insertion: Insertion) -> list[int]:
-    """The 1-based numbers of the lines that are ours to the byte, and code at top level, not text in a string."""
-    wanted, line = _dumps(ast.parse(insertion.line).body), insertion.line.encode()
-    same = [n for n, text in enumerate(data.splitlines(), 1) if text == line]
-    return [n for n in same if _dumps([node for node in tree.body if node.lineno == n]) == wanted]
+    """The 1-based numbers of the lines that are ours, with any settings: code at top level, not text in a string."""
+    (first, wanted), start = ast.parse(insertion.line).body, insertion.line.partition(";")[0].encode()
+    found = []
+    for number, line in enumerate(data.splitlines(), 1):
+        if not line.startswith(start):
+            continue
+        there = [node for node in tree.body if node.lineno <= number <= (node.end_lineno or 0)]
+        whole = len(there) == 2 and all(node.lineno == node.end_lineno for node in there)
+        if whole and _dumps(there[:1]) == _dumps([first]) and _same_call(there[1], wanted):
+            found.append(number)
+    return found
+
+
+def _same_call(node: ast.stmt, wanted: ast.stmt) -> bool:
+    """Whether a statement is the wanted call, or ``vrpo_plugin.apply_vrpo``, with any arguments."""
+    if not all(isinstance(one, ast.Expr) and isinstance(one.value, ast.Call) for one in (node, wanted)):
+        return _dumps([node]) == _dumps([wanted])
+    function, expected = (ast.unparse(one.value.func) for one in (node, wanted))  # type: ignore[attr-defined]
+    return function in (expected, "vrpo_plugin.apply_vrpo")
 
 
 def _nearest(tree: ast.Module, anchor: str) -> str:

@@ -1,0 +1,1 @@
+"""As in diffusers, its file lies here."""
