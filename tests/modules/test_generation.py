@@ -682,7 +682,7 @@ def test_the_statistics_watch_fidelity_without_optimising_it() -> None:
     aligner = reward_aligner(built_in=("semantic",))
     out = generate(aligner, batch, velocity_like(batch))
     assert aligner.generation is not None
-    assert aligner.generation.watched == ("semantic", "fidelity") and list(out.weights) == ["semantic"]
+    assert aligner.generation.table.watched == ("semantic", "fidelity") and list(out.weights) == ["semantic"]
     assert aligner.generation.statistics.moments[0].sum(1).tolist() == [8] * 3  # and the critic's agreement
     x0_hat = batch.x_t - batch.t[:, None, None, None] * velocity_like(batch).detach()
     torch.testing.assert_close(out.rewards["fidelity"], -mean_over_latent((x0_hat - batch.x0).square()), **FLOAT32)

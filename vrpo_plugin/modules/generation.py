@@ -4,16 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from vrpo_plugin.config import BUILTIN_REWARDS, VRPOConfig
-from vrpo_plugin.errors import ConfigError, explain
+from vrpo_plugin.config import VRPOConfig
 from vrpo_plugin.functional.advantages import inverse_scale
 from vrpo_plugin.functional.levels import level_differs, level_variance, noise_levels
 from vrpo_plugin.functional.policy import at_estimate, pathwise_policy_loss
-from vrpo_plugin.functional.rewards import RewardState, feature_distance, fidelity_reward, semantic_reward
+from vrpo_plugin.functional.rewards import RewardState, semantic_reward
 from vrpo_plugin.functional.tensors import (
     finite_or_zero,
     finite_samples,
@@ -24,17 +21,10 @@ from vrpo_plugin.functional.tensors import (
     zero_unless,
 )
 from vrpo_plugin.functional.weights import inverse_variance_weights, noise_gate
-from vrpo_plugin.modules.actions import (
-    Actions,
-    Reward,
-    black_box_loss,
-    call_reward,
-    marked,
-    mean_of_actions,
-    score_actions,
-)
+from vrpo_plugin.modules.actions import Reward, black_box_loss, score_actions
 from vrpo_plugin.modules.collapse import CollapseWatch
 from vrpo_plugin.modules.critic import CriticOutput, LatentCritic
+from vrpo_plugin.modules.rewards import RewardTable
 from vrpo_plugin.modules.statistics import RewardStatistics
 
 NONFINITE = "vrpo/nonfinite"
@@ -93,49 +83,19 @@ class GenerationReadout(nn.Module):
         super().__init__()
         self.config = config
         self.critic = critic
-        # Plain dicts, not modules: frozen networks must not reach the EMA, the optimizer or the checkpoint.
-        self.custom_rewards, self.black_box_rewards = dict(rewards), dict(black_box_rewards)
-        clash = ({*rewards, *black_box_rewards} & {*BUILTIN_REWARDS}) | ({*rewards} & {*black_box_rewards})
-        if clash:
-            raise ConfigError(
-                explain("rewards", expected="distinct names", got=sorted(clash), do="Rename your reward.")
-            )
-        self.pathwise_names = (*config.rewards, *rewards)
-        self.names = (*self.pathwise_names, *black_box_rewards)
-        self.watched = self.names if "fidelity" in self.names else (*self.names, "fidelity")
-        self.fidelity = self.watched.index("fidelity")
         # A frozen critic's view of x0 is the other side of ``perceptual``; nothing else asks for it.
         self.sees_clean = critic is not None and (config.critic_trainable or "perceptual" in config.rewards)
-        # The critic's agreement with the encoder goes with the rewards, last.
-        self.statistics = RewardStatistics(len(self.watched) + self.sees_clean)
+        # No module: the user's frozen networks must not reach the EMA, the optimizer or the checkpoint.
+        self.table = RewardTable(config, rewards, black_box_rewards, agreement=self.sees_clean)
+        self.statistics = RewardStatistics(self.table.rows)
         self.watch = CollapseWatch()
-        self.register_buffer("shares", self._fixed_shares(), persistent=False)
-
-    def _fixed_shares(self) -> Tensor | None:
-        if self.config.reward_weights == "inverse_variance":
-            return None
-        shares = dict.fromkeys(self.names, 1.0)
-        if self.config.reward_weights != "equal":
-            shares = dict(self.config.reward_weights)
-        if set(shares) != set(self.names):
-            raise ConfigError(
-                explain(
-                    "reward_weights",
-                    expected=f"one share for each of {self.names}",
-                    got=shares,
-                    do="Name every reward.",
-                )
-            )
-        # In Python's float64, where shares of any size have a sum, and in units of the largest, where theirs is finite.
-        largest = max(shares.values())
-        values = [shares[name] / largest for name in self.names]
-        return rearrange(torch.tensor([value / sum(values) for value in values]), "k -> k 1")
+        self.register_buffer("shares", self.table.shares(config), persistent=False)
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         # Shares that a host's cast to bfloat16 has rounded would not sum to 1.
         super()._apply(fn, recurse)
         if self.shares is not None:
-            self.shares = self._fixed_shares().to(self.shares.device)  # type: ignore[union-attr]
+            self.shares = self.table.shares(self.config).to(self.shares.device)  # type: ignore[union-attr]
         return self
 
     def forward(self, state: RewardState, generator: torch.Generator | None = None) -> GenerationOutput:
@@ -150,44 +110,42 @@ class GenerationReadout(nn.Module):
             ShapeError: a reward is not (B,).
         """
         state, sound = _without_nonfinite(state)
+        table, estimate = self.table, state.x0_hat
         agreement, clean = self._look_at_clean(state)
-        estimate = state.x0_hat
         # Compiled code plans its memory itself, and cannot take a gradient inside a forward pass.
         early = estimate.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         leaf = estimate.detach().requires_grad_() if early else estimate
         # A view: hooks on a module's inputs, as torch's flop counter has them, take no leaf.
-        values = self._pathwise_rewards(replace(state, x0_hat=leaf.view_as(leaf)), clean)
-        boxes, actions = self.black_box_rewards, None
-        if boxes:
-            actions = score_actions(boxes, state, self.config, generator)
+        values = table.differentiable(replace(state, x0_hat=leaf.view_as(leaf)), self.critic, clean)
+        actions = score_actions(table.black_boxes, state, self.config, generator) if table.black_boxes else None
         with torch.no_grad():
-            rewards = self._all_rewards(values, state, actions, agreement)
+            rewards = table.all(values, state, actions, agreement)
             valid = is_finite(rewards) & sound
             level = noise_levels(state.t)
             added = self.statistics.update(rewards, level, valid)
             levels, variance = self._levels()
             weights, coefficients = levels.weights[:, level], levels.coefficients[:, level]
-            optimised, split = len(self.names), len(self.pathwise_names)
-            deviations = rewards[:optimised] - levels.mean[:, level]
-            known = valid[:optimised] & ~deviations.isnan()
+            deviations = rewards[: table.optimised] - levels.mean[:, level]
+            known = valid[: table.optimised] & ~deviations.isnan()
             advantages = torch.where(known, coefficients * deviations, 0).sum(0)
-            values_of_call = [advantages.abs().mean(), (~sound | torch.isinf(rewards).any(0)).sum()]
-            metrics = self._metrics(added, variance, levels.weights, values_of_call)
+            of_this_process = [advantages.abs().mean(), (~sound | torch.isinf(rewards).any(0)).sum()]
+            metrics = self._metrics(added, variance, levels.weights, of_this_process)
             self._look_for_a_collapse(levels, variance)
             gate = noise_gate(state.t, self.config.noise_gate, self.config.noise_gate_end)
+        split = table.pathwise
         loss = pathwise_policy_loss(values, coefficients[:split] * gate, valid=valid[:split])
         if early and split:
             loss, gradient = at_estimate(loss, leaf, estimate)
-            metrics["vrpo/gradient_ratio"] = _gradient_ratio(gradient, -rewards[self.fidelity], state.t)
+            metrics["vrpo/gradient_ratio"] = _gradient_ratio(gradient, -rewards[table.fidelity], state.t)
         if actions is not None:
-            shares = weights[split:] * gate
-            loss = loss + black_box_loss(actions, shares, rewards[split:optimised], sound, estimate, self.config)
+            shares, scored = weights[split:] * gate, rewards[split : table.optimised]
+            loss = loss + black_box_loss(actions, shares, scored, sound, estimate, self.config)
         learns = self.sees_clean and self.config.critic_trainable
         return GenerationOutput(
             loss=loss,
             critic_loss=1 - masked_mean(agreement, sound) if learns else loss.new_zeros(()),
-            rewards=dict(zip(self.watched, torch.where(valid, rewards, torch.nan), strict=False)),
-            weights=dict(zip(self.names, weights, strict=True)),
+            rewards=dict(zip(table.watched, torch.where(valid, rewards, torch.nan), strict=False)),
+            weights=dict(zip(table.names, weights, strict=True)),
             advantages=advantages,
             metrics=metrics | {"vrpo/fallback": self.watch.reason.float()},
         )
@@ -201,59 +159,9 @@ class GenerationReadout(nn.Module):
             clean = self.critic(state.x0)
             return semantic_reward(clean.tokens, state.z), clean
 
-    def _pathwise_rewards(self, state: RewardState, clean: CriticOutput | None) -> Tensor:
-        """Differentiable rewards (K, B), marked as ``marked`` says."""
-        built_in: dict[str, Tensor] = {}
-        if self.critic is not None:
-            # Detached weights: the generator cannot teach its critic leniency.
-            frozen = {name: p.detach() for name, p in self.critic.named_parameters()}
-            seen = functional_call(self.critic, frozen, (state.x0_hat,))
-            built_in["semantic"] = semantic_reward(seen.tokens, state.z)
-            if "perceptual" in self.config.rewards:
-                assert clean is not None
-                built_in["perceptual"] = -feature_distance(seen.features, [f.detach() for f in clean.features])
-        if "fidelity" in self.pathwise_names:
-            built_in["fidelity"] = fidelity_reward(state.x0_hat, state.x0)
-        values = [built_in[name] for name in self.config.rewards]
-        if self.custom_rewards:
-            values += self._custom_rewards(state)
-        return torch.stack(values) if values else state.x0_hat.new_zeros((0, len(state.t)), dtype=torch.float32)
-
-    def _custom_rewards(self, state: RewardState) -> list[Tensor]:
-        values = []
-        for name, reward in self.custom_rewards.items():
-            x0_hat = state.x0_hat.view_as(state.x0_hat)
-            if x0_hat.requires_grad:
-                # A reward that is NaN is left out of the loss, and 0 times its gradient would be NaN again.
-                # One view per reward, so that the gradients of the others stay.
-                x0_hat.register_hook(finite_or_zero)
-            value, scored = call_reward(name, reward, replace(state, x0_hat=x0_hat))
-            if x0_hat.requires_grad and not value.requires_grad:
-                raise ConfigError(
-                    explain(
-                        f"reward {name!r}",
-                        expected="a value with a gradient to state.x0_hat",
-                        got="none",
-                        do="Pass it in black_box_rewards=.",
-                    )
-                )
-            values.append(marked(value, scored))
-        return values
-
-    def _all_rewards(self, values: Tensor, state: RewardState, actions: Actions | None, agreement: Tensor) -> Tensor:
-        """Every watched reward and the critic's agreement (R, B), without gradient; a black box's is a mean."""
-        rows = [values.detach()]
-        if actions is not None:
-            rows.append(mean_of_actions(actions.rewards))
-        if "fidelity" not in self.names:
-            rows.append(fidelity_reward(state.x0_hat, state.x0)[None])
-        if self.sees_clean:
-            rows.append(agreement.detach()[None])
-        return torch.cat(rows)
-
     def _levels(self) -> tuple[Levels, Tensor]:
         """What the memory says of the optimised rewards, and the variance of every row (R, L)."""
-        moments, count = self.statistics.moments, len(self.names)
+        moments, count = self.statistics.moments, self.table.optimised
         variance = level_variance(moments)
         scale = self.config.scale
         if self.shares is not None:
@@ -272,20 +180,20 @@ class GenerationReadout(nn.Module):
         zero = self.statistics.moments.new_zeros(())
         unknown = torch.full_like(zero, torch.nan)
         metrics = {name: zero if name == NONFINITE else unknown for name in self._metric_names()}
-        if torch.is_grad_enabled() and self.pathwise_names and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and self.table.pathwise and not torch.compiler.is_compiling():
             metrics["vrpo/gradient_ratio"] = unknown
         return GenerationOutput(
             loss=zero,
             critic_loss=unused(self.parameters(), zero),
-            rewards=dict.fromkeys(self.watched, unknown.expand(batch)),
-            weights=dict.fromkeys(self.names, unknown.expand(batch)),
+            rewards=dict.fromkeys(self.table.watched, unknown.expand(batch)),
+            weights=dict.fromkeys(self.table.names, unknown.expand(batch)),
             advantages=zero.expand(batch),
             metrics=metrics | {"vrpo/fallback": self.watch.reason.float()},
         )
 
     def _metric_names(self) -> list[str]:
-        names = [f"vrpo/{kind}/{name}" for kind in ("reward", "std") for name in self.watched]
-        names += [f"vrpo/weight/{name}" for name in self.names]
+        names = [f"vrpo/{kind}/{name}" for kind in ("reward", "std") for name in self.table.watched]
+        names += [f"vrpo/weight/{name}" for name in self.table.names]
         names += ["vrpo/critic_cos"] * self.sees_clean
         return [*names, "vrpo/frac_reward_zero_std", "vrpo/advantage_abs", NONFINITE]
 
@@ -296,13 +204,13 @@ class GenerationReadout(nn.Module):
         count, mean, _ = added
         total = count.sum(1)
         share = count / total.clamp(min=1)[:, None]
-        optimised, of_all = len(self.names), share[self.fidelity]  # every sound sample has a fidelity
+        optimised, of_all = self.table.optimised, share[self.table.fidelity]  # every sound sample has a fidelity
         means = (share * mean).sum(1) / (total > 0)  # NaN where a reward scored nothing
         stds = (share * torch.nan_to_num(variance)).sum(1).sqrt()
         mean_weights = (of_all * weights).sum(1)
         alike = ((count[:optimised] >= 2) > level_differs(added[:, :optimised])).all(0)
         single = torch.stack([(of_all * alike).sum(), *of_this_process])
-        watched = len(self.watched)
+        watched = len(self.table.watched)
         values = torch.cat([means[:watched], stds[:watched], mean_weights, means[watched:], single])
         return dict(zip(self._metric_names(), values.unbind(), strict=True))
 
@@ -312,13 +220,13 @@ class GenerationReadout(nn.Module):
             return
         count, mean, _ = self.statistics.moments
         means = mean.sum(1) / (count > 0).sum(1)  # over levels; NaN where nothing was ever seen
-        weights, variance = levels.weights, variance[: len(self.names)]
+        weights, variance = levels.weights, variance[: self.table.optimised]
         unknown = torch.full_like(means[0], torch.nan)
         self.watch.update(
             agreement=means[-1] if self.sees_clean else unknown,
             spread=(weights.square() * variance).sum(0).mean().sqrt(),
-            fidelity=unknown if "fidelity" in self.names else means[self.fidelity],
-            reward=(weights.mean(1) * means[: len(self.names)]).sum(),
+            fidelity=unknown if "fidelity" in self.table.names else means[self.table.fidelity],
+            reward=(weights.mean(1) * means[: self.table.optimised]).sum(),
         )
 
 
