@@ -30,7 +30,7 @@ from convergence_run import Judge
 from tqdm import tqdm
 
 from vrpo_plugin import VRPOError, __version__
-from vrpo_plugin.reference.checkpoint import write_text_atomic
+from vrpo_plugin.standalone.checkpoint import write_text_atomic
 
 WORKER = Path(__file__).with_name("convergence_run.py")
 

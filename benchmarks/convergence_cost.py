@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from train_parts import TrainingStep, aligner_of, build_model, build_optimizer
 
+from vrpo_plugin.encoders import Targets
 from vrpo_plugin.functional.rewards import semantic_reward
-from vrpo_plugin.reference.data import TrainingSamples
-from vrpo_plugin.targets import Targets
+from vrpo_plugin.standalone.data import TrainingSamples
 
 REPEATS, STEPS = 5, 2
 

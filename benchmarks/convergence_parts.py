@@ -23,15 +23,15 @@ from train_repa_vrpo import main as train_example  # noqa: E402
 from vrpo_plugin import VRPOConfig  # noqa: E402
 from vrpo_plugin.config import check_keys  # noqa: E402
 from vrpo_plugin.errors import ConfigError, DataError, explain  # noqa: E402
-from vrpo_plugin.evaluation.small_network import SmallFeatureNetwork, load_small_features  # noqa: E402
-from vrpo_plugin.evaluation.small_training import (  # noqa: E402
+from vrpo_plugin.standalone.checkpoint import write_text_atomic  # noqa: E402
+from vrpo_plugin.standalone.small_network import SmallFeatureNetwork, load_small_features  # noqa: E402
+from vrpo_plugin.standalone.small_training import (  # noqa: E402
     train_denoising_features,
     train_rotation_features,
     train_small_features,
 )
-from vrpo_plugin.pretrain import CriticTraining, train_critic  # noqa: E402
-from vrpo_plugin.reference.checkpoint import write_text_atomic  # noqa: E402
-from vrpo_plugin.reference.sources import Source, all_images, open_source  # noqa: E402
+from vrpo_plugin.standalone.sources import Source, all_images, open_source  # noqa: E402
+from vrpo_plugin.standalone.train_critic import CriticTraining, train_critic  # noqa: E402
 
 SCRIPT = ROOT / "examples" / "train_repa_vrpo.py"
 ENCODER = "encoder"

@@ -17,14 +17,14 @@ from torch import Tensor
 from train_output import Painter
 from train_parts import build_decoder, build_model
 
-from vrpo_plugin.evaluation.features import extract_features
-from vrpo_plugin.evaluation.frechet import FeatureStatistics, frechet_distance
-from vrpo_plugin.evaluation.precision_recall import precision_recall
-from vrpo_plugin.evaluation.small_network import SmallFeatureNetwork
+from vrpo_plugin.encoders import Targets
 from vrpo_plugin.functional.interpolant import clean_estimate, noisy_sample
-from vrpo_plugin.reference.checkpoint import load_checkpoint, write_text_atomic
-from vrpo_plugin.reference.sources import all_images
-from vrpo_plugin.targets import Targets
+from vrpo_plugin.standalone.checkpoint import load_checkpoint, write_text_atomic
+from vrpo_plugin.standalone.features import extract_features
+from vrpo_plugin.standalone.frechet import FeatureStatistics, frechet_distance
+from vrpo_plugin.standalone.precision_recall import precision_recall
+from vrpo_plugin.standalone.small_network import SmallFeatureNetwork
+from vrpo_plugin.standalone.sources import all_images
 
 SAMPLING_SEED = 1  # of the noise, the same for all methods, seeds and steps
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the validation losses

@@ -11,7 +11,7 @@ from reliability_runs import STEPS, straight_run
 from torch import Tensor
 
 from vrpo_plugin import CheckpointError
-from vrpo_plugin.reference.checkpoint import load_checkpoint
+from vrpo_plugin.standalone.checkpoint import load_checkpoint
 
 
 def mutations(output: Path, count: int, seed: int) -> Part:

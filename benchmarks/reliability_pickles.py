@@ -23,14 +23,14 @@ from reliability_parts import Part
 from vrpo_plugin import VRPOConfig
 from vrpo_plugin.encoders import load_encoder
 from vrpo_plugin.errors import CheckpointError, VRPOError
-from vrpo_plugin.evaluation.frechet import FeatureStatistics
-from vrpo_plugin.evaluation.small_network import load_small_features
 from vrpo_plugin.hosts.compat import RESUME
 from vrpo_plugin.hosts.pixels import read_critic_targets
 from vrpo_plugin.modules.critic import LatentCritic, load_critic_weights
 from vrpo_plugin.perceptual import LPIPSReward
-from vrpo_plugin.reference.checkpoint import load_checkpoint, save_checkpoint
-from vrpo_plugin.reference.sources import ImageFolderSource, RepaSource
+from vrpo_plugin.standalone.checkpoint import load_checkpoint, save_checkpoint
+from vrpo_plugin.standalone.frechet import FeatureStatistics
+from vrpo_plugin.standalone.small_network import load_small_features
+from vrpo_plugin.standalone.sources import ImageFolderSource, RepaSource
 
 FORCED = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch's own way back to unsafe loading, for those who do not say
 

@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "examples
 
 import harness
 
-from vrpo_plugin.evaluation.small_training import train_small_features
-from vrpo_plugin.reference.checkpoint import SAVING
-from vrpo_plugin.reference.sources import DigitsSource, all_images
+from vrpo_plugin.standalone.checkpoint import SAVING
+from vrpo_plugin.standalone.small_training import train_small_features
+from vrpo_plugin.standalone.sources import DigitsSource, all_images
 
 STEPS = 12  # of harness.TINY
 FAULTS = ("latent", "target", "reward", "gradient")  # of tests/examples/faulty.py

@@ -12,8 +12,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from vrpo_plugin import ConfigError, VRPOConfig
 from vrpo_plugin.config import check_keys
 from vrpo_plugin.errors import explain
-from vrpo_plugin.evaluation.protocol import EvalProtocol
-from vrpo_plugin.targets import SMALL
+from vrpo_plugin.standalone.evaluate import EvalProtocol
+from vrpo_plugin.standalone.targets import SMALL
 
 DIGITS_RECIPE = Path(__file__).parent / "recipes" / "digits.yaml"
 

@@ -16,12 +16,12 @@ from train_options import ENCODER_PREFIX, FREE_ON_RESUME, TrainOptions
 import vrpo_plugin
 from vrpo_plugin import CheckpointError, ConfigError, NonFiniteError, VRPOConfig
 from vrpo_plugin.errors import explain
-from vrpo_plugin.evaluation.protocol import EvalProtocol, EvalResult, evaluate
-from vrpo_plugin.reference.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, write_text_atomic
-from vrpo_plugin.reference.sampler import sample
-from vrpo_plugin.reference.sit import SiT
-from vrpo_plugin.reference.sources import Source, all_images
-from vrpo_plugin.targets import SMALL
+from vrpo_plugin.standalone.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, write_text_atomic
+from vrpo_plugin.standalone.evaluate import EvalProtocol, EvalResult, evaluate
+from vrpo_plugin.standalone.sampler import sample
+from vrpo_plugin.standalone.sit import SiT
+from vrpo_plugin.standalone.sources import Source, all_images
+from vrpo_plugin.standalone.targets import SMALL
 
 JUDGE_SEED = 1  # fixed, and not the small encoder's: runs of all seeds and methods share one independent judge
 
@@ -239,7 +239,7 @@ class Painter:
         """Reads a named evaluation network now: its file may be missing, and the run may be long."""
         options = self.options
         if options.eval_samples and options.eval_network != SMALL:
-            from vrpo_plugin.evaluation.features import timm_features
+            from vrpo_plugin.standalone.features import timm_features
 
             resolution = self.source.image_shape[-1]
             self._network = timm_features(
@@ -290,7 +290,7 @@ class Painter:
         options = self.options
         real, labels = all_images(self.source, 50_000)
         if options.eval_network == SMALL:
-            from vrpo_plugin.evaluation.small_training import train_small_features
+            from vrpo_plugin.standalone.small_training import train_small_features
 
             # Another architecture, width and seed than the small encoder's: the aligned network is no judge.
             network: Any = train_small_features(

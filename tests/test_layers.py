@@ -12,25 +12,25 @@ import pytest
 import vrpo_plugin
 
 PACKAGE = Path(vrpo_plugin.__file__).parent
-FREE = {"vrpo_plugin", "cli", "pretrain", "launch", "hosts"}
+FREE = {"vrpo_plugin", "cli", "launch", "hosts"}
 # What each layer may import beside the standard library and itself.
 MAY: dict[str, set[str]] = {
     "errors": set(),
     "_version": set(),
+    "_moved": set(),
     "config": {"errors"},
     "functional": {"errors", "torch", "einops"},
     "modules": {"functional", "config", "errors", "torch", "einops", "safetensors", "numpy"},
     "perceptual": {"functional", "errors", "torch", "einops"},
-    "encoders": {"functional", "errors", "torch", "einops"},
-    "reference": {"functional", "errors", "config", "torch", "timm", "einops", "numpy", "safetensors"},
-    "evaluation": {"errors", "config", "functional", "encoders", "scipy", "torch", "numpy", "einops", "safetensors"},
+    "encoders": {"functional", "modules", "errors", "torch", "einops"},
+    "standalone": {"functional", "modules", "encoders", "config", "errors"}
+    | {"torch", "timm", "einops", "numpy", "safetensors", "tqdm"},
     "patching": {"errors"},
-    "targets": {"errors", "encoders", "modules", "reference", "evaluation", "torch"},
 }
 MAY_INSIDE_FUNCTIONS: dict[str, set[str]] = {
     "perceptual": {"timm", "lpips", "torchvision", "safetensors", "huggingface_hub"},
     "encoders": {"timm", "lpips", "torchvision", "safetensors", "huggingface_hub"},
-    "reference": {"torchvision", "sklearn", "PIL"},
+    "standalone": {"accelerate", "scipy", "torchvision", "sklearn", "PIL"},
 }
 SLOW = {"timm", "lpips", "accelerate", "scipy", "sklearn", "torchvision", "PIL", "matplotlib", "yaml"}
 
@@ -145,15 +145,11 @@ def test_the_package_was_read() -> None:
         ("functional/a.py", "from ..modules import taps", "imports vrpo_plugin.modules.taps"),
         ("functional/a.py", "def f():\n    import vrpo_plugin.modules", "functional.a:2 imports vrpo_plugin.modules"),
         ("modules/a.py", "class A:\n    def f(self):\n        import timm", "vrpo_plugin.modules.a:3 imports timm"),
-        ("modules/__init__.py", "from ..reference import sit", "imports vrpo_plugin.reference.sit"),
+        ("modules/__init__.py", "from ..standalone import sit", "imports vrpo_plugin.standalone.sit"),
         ("encoders.py", "import timm", "vrpo_plugin.encoders:1 imports timm"),
         ("perceptual.py", "try:\n    import lpips\nexcept ImportError:\n    pass", "imports lpips"),
-        ("reference/a.py", "async def f():\n    from vrpo_plugin.modules.aligner import VRPOAligner", "VRPOAligner"),
-        (
-            "evaluation/a.py",
-            "from vrpo_plugin.reference.sampler import sample",
-            "imports vrpo_plugin.reference.sampler",
-        ),
+        ("standalone/a.py", "async def f():\n    from vrpo_plugin.hosts.base import HostSpec", "HostSpec"),
+        ("encoders.py", "from vrpo_plugin.standalone.sampler import sample", "imports vrpo_plugin.standalone.sampler"),
         ("patching/a.py", "import torch", "imports torch"),
         ("surprise.py", "", "vrpo_plugin.surprise belongs to no layer"),
     ],
@@ -167,11 +163,11 @@ def test_a_wrong_import_is_reported(tmp_path: Path, path: str, source: str, repo
     ("path", "source"),
     [
         ("__init__.py", "from vrpo_plugin.modules.aligner import VRPOAligner"),
-        ("cli.py", "import yaml\nfrom vrpo_plugin.evaluation import protocol"),
+        ("cli.py", "import yaml\nfrom vrpo_plugin.standalone import evaluate"),
         ("hosts/repa.py", "import timm\nfrom vrpo_plugin import VRPOAligner"),
         ("encoders.py", "import json\n\ndef f():\n    import timm.models"),
-        ("reference/a.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from PIL import Image"),
-        ("reference/a.py", "import timm\nfrom vrpo_plugin.reference import sit\nfrom . import sampler"),
+        ("standalone/a.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from PIL import Image"),
+        ("standalone/a.py", "import timm\nfrom vrpo_plugin.standalone import sit\nfrom . import sampler"),
         ("patching/a.py", "import ast\nfrom vrpo_plugin.errors import explain"),
     ],
 )

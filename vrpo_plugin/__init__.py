@@ -1,5 +1,6 @@
 """VRPO for REPA codebases: reward-guided, group-relative representation alignment of diffusion transformers."""
 
+from vrpo_plugin._moved import alias_moved_modules
 from vrpo_plugin._version import __version__
 from vrpo_plugin.config import VRPOConfig
 from vrpo_plugin.errors import (
@@ -58,3 +59,5 @@ __all__ = [
     "apply_vrpo_to_repae",
     "apply_vrpo_to_sit",
 ]
+
+alias_moved_modules()

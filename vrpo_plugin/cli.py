@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _add_train_critic(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    from vrpo_plugin.pretrain import CriticTraining
+    from vrpo_plugin.standalone.train_critic import CriticTraining
 
     command = commands.add_parser(
         "train-critic",
@@ -58,7 +58,7 @@ def _add_train_critic(commands: "argparse._SubParsersAction[argparse.ArgumentPar
 
 
 def _train_critic(**settings: object) -> None:
-    from vrpo_plugin.pretrain import CriticTraining, train_critic
+    from vrpo_plugin.standalone.train_critic import CriticTraining, train_critic
 
     record = train_critic(CriticTraining(**settings))  # type: ignore[arg-type]
     if os.environ.get("RANK", "0") == "0":  # one line, however many processes accelerate launched

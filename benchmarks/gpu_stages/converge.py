@@ -34,8 +34,8 @@ from convergence_recipe import JUDGES, Recipe, read_recipe  # noqa: E402
 from convergence_report import alarms, last_point, ratio_lines, summarize, table  # noqa: E402
 from convergence_run import Judge  # noqa: E402
 
-from vrpo_plugin.reference.sources import all_images  # noqa: E402
-from vrpo_plugin.targets import Targets  # noqa: E402
+from vrpo_plugin.encoders import Targets  # noqa: E402
+from vrpo_plugin.standalone.sources import all_images  # noqa: E402
 
 Key = tuple[str, int]  # method, seed
 EMA_BYTES, EMA_FILES = 15 * 2**20, 5  # what comes back from a lent machine is limited

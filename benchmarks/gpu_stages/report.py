@@ -9,7 +9,7 @@ from typing import Any
 
 from gpu_stages import kernels, precision, step, sync
 from gpu_stages.stage import markdown
-from vrpo_plugin.reference.checkpoint import write_text_atomic
+from vrpo_plugin.standalone.checkpoint import write_text_atomic
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(BENCHMARKS))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vrpo_plugin.reference.checkpoint import write_text_atomic
+from vrpo_plugin.standalone.checkpoint import write_text_atomic
 
 
 @dataclass

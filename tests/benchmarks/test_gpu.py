@@ -28,10 +28,10 @@ from gpu_stages.step import ratios  # noqa: E402
 from train_options import parse_options  # noqa: E402
 from train_parts import TrainingStep, build_ema, build_model, build_optimizer, ema_decay, update_ema  # noqa: E402
 
-from vrpo_plugin.evaluation.small_network import load_small_features  # noqa: E402
-from vrpo_plugin.evaluation.small_training import train_small_features  # noqa: E402
-from vrpo_plugin.reference.sources import ImageFolderSource, all_images, open_source  # noqa: E402
-from vrpo_plugin.targets import Targets  # noqa: E402
+from vrpo_plugin.encoders import Targets  # noqa: E402
+from vrpo_plugin.standalone.small_network import load_small_features  # noqa: E402
+from vrpo_plugin.standalone.small_training import train_small_features  # noqa: E402
+from vrpo_plugin.standalone.sources import ImageFolderSource, all_images, open_source  # noqa: E402
 
 STAGES = ("step", "sync", "precision", "kernels", "converge")
 

@@ -20,7 +20,7 @@ from train_output import RunFolder  # noqa: E402
 from train_parts import check_data, check_launch, check_tools  # noqa: E402
 
 from vrpo_plugin import CheckpointError, ConfigError, VRPOAligner, VRPOConfig  # noqa: E402
-from vrpo_plugin.evaluation.protocol import EvalResult  # noqa: E402
+from vrpo_plugin.standalone.evaluate import EvalResult  # noqa: E402
 
 
 def test_default_is_the_digits_recipe() -> None:

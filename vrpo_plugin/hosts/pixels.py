@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from vrpo_plugin.config import VRPOConfig
-from vrpo_plugin.encoders import FrozenEncoders, load_encoders
+from vrpo_plugin.encoders import FrozenEncoders, identify, load_encoders
 from vrpo_plugin.errors import ConfigError, HostChangedError, explain
 from vrpo_plugin.hosts.options import HostOptions
 from vrpo_plugin.hosts.session import Session
 from vrpo_plugin.modules.critic import CriticPurpose, read_critic_sizes
 from vrpo_plugin.patching.handle import Seam
-from vrpo_plugin.targets import identify
 
 VAE_FACTOR = 8  # pixels per latent of the SD-VAE, the only one that SiT and DiT use
 LATENTS_SCALE = 0.18215  # both, in their train.py

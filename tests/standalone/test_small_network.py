@@ -8,12 +8,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vrpo_plugin.errors import CheckpointError, ConfigError, ShapeError, WeightsNotFoundError
-from vrpo_plugin.evaluation.small_network import (
+from vrpo_plugin.standalone.small_network import (
     SmallFeatureNetwork,
     load_small_features,
     weights_hash,
 )
-from vrpo_plugin.evaluation.small_training import _shift, train_small_features
+from vrpo_plugin.standalone.small_training import _shift, train_small_features
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """A small frozen convolutional network: an encoder, or a judge of samples."""
 
-import hashlib
 import json
 import math
 import os
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from vrpo_plugin.encoders import weights_hash
 from vrpo_plugin.errors import CheckpointError, ShapeError, WeightsNotFoundError, explain
 
 Architecture = Literal["plain", "residual"]
@@ -24,7 +24,7 @@ MAX_GRID = 8
 
 @dataclass(frozen=True, eq=False)
 class SmallFeatureNetwork:
-    """A small frozen convolutional network; made by ``vrpo_plugin.evaluation.small_training``.
+    """A small frozen convolutional network; made by ``vrpo_plugin.standalone.small_training``.
 
     Serves as encoder (``tokens``) and as feature network of an evaluation (``network(images)``). A plain
     object, so that a module which holds it neither trains nor saves it.
@@ -124,15 +124,6 @@ class SmallFeatureNetwork:
         # save_file's are readable by their owner alone.
         temporary.write_bytes(save(self.state_dict(), metadata={"small_features": json.dumps(arguments)}))
         temporary.replace(path)
-
-
-def weights_hash(state: dict[str, Tensor]) -> str:
-    """Eight hexadecimal digits that change with any name or value of a state dict."""
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        digest.update(name.encode())
-        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:8]
 
 
 def load_small_features(path: str | os.PathLike[str]) -> SmallFeatureNetwork:

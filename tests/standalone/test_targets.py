@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from vrpo_plugin.errors import ConfigError
-from vrpo_plugin.evaluation.small_training import train_small_features
-from vrpo_plugin.reference.sources import DigitsSource
-from vrpo_plugin.targets import load_targets
+from vrpo_plugin.standalone.small_training import train_small_features
+from vrpo_plugin.standalone.sources import DigitsSource
+from vrpo_plugin.standalone.targets import load_targets
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 16), (3, 8, 8)])

@@ -1,4 +1,4 @@
-"""Training a critic beforehand: a host's small learning rate teaches an online critic slowly."""
+"""Pretraining a critic: at a host's small learning rate an online critic learns slowly."""
 
 import math
 import tempfile
@@ -15,9 +15,9 @@ from vrpo_plugin.config import VRPOConfig
 from vrpo_plugin.errors import ConfigError, DataError, explain
 from vrpo_plugin.functional.rewards import semantic_reward
 from vrpo_plugin.modules.critic import LatentCritic, save_critic
-from vrpo_plugin.reference.data import PositionBatchSampler, TrainingSamples
-from vrpo_plugin.reference.sources import Source, open_source
-from vrpo_plugin.targets import SMALL, load_targets
+from vrpo_plugin.standalone.data import PositionBatchSampler, TrainingSamples
+from vrpo_plugin.standalone.sources import Source, open_source
+from vrpo_plugin.standalone.targets import SMALL, load_targets
 
 HELD_OUT_EVERY = 20
 

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from vrpo_plugin.errors import ConfigError, explain
-from vrpo_plugin.evaluation.features import FeatureNetwork, extract_features
-from vrpo_plugin.evaluation.frechet import FeatureStatistics, frechet_distance
-from vrpo_plugin.evaluation.precision_recall import precision_recall
+from vrpo_plugin.standalone.features import FeatureNetwork, extract_features
+from vrpo_plugin.standalone.frechet import FeatureStatistics, frechet_distance
+from vrpo_plugin.standalone.precision_recall import precision_recall
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from einops import reduce
 from torch import Tensor
 
 from vrpo_plugin.errors import DataError, ShapeError, explain
-from vrpo_plugin.evaluation.small_network import (
+from vrpo_plugin.standalone.small_network import (
     SmallFeatureNetwork,
     load_small_features,
     weights_hash,
 )
-from vrpo_plugin.evaluation.small_training import (
+from vrpo_plugin.standalone.small_training import (
     train_denoising_features,
     train_rotation_features,
     train_small_features,

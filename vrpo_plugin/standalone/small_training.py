@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vrpo_plugin.config import check_keys
 from vrpo_plugin.errors import ConfigError, ShapeError, explain
-from vrpo_plugin.evaluation.small_network import (
+from vrpo_plugin.standalone.small_network import (
     ARCHITECTURES,
     Architecture,
     SmallFeatureNetwork,

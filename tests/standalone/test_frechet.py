@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vrpo_plugin.errors import DataError, ShapeError
-from vrpo_plugin.evaluation.frechet import FeatureStatistics, frechet_distance
+from vrpo_plugin.standalone.frechet import FeatureStatistics, frechet_distance
 
 
 def rotation(dim, rng):

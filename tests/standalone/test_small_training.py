@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from vrpo_plugin.errors import ConfigError, ShapeError
-from vrpo_plugin.evaluation.small_network import load_small_features, pool
-from vrpo_plugin.evaluation.small_training import train_denoising_features, train_rotation_features
-from vrpo_plugin.reference.sources import DigitsSource, all_images
+from vrpo_plugin.standalone.small_network import load_small_features, pool
+from vrpo_plugin.standalone.small_training import train_denoising_features, train_rotation_features
+from vrpo_plugin.standalone.sources import DigitsSource, all_images
 
 TASKS = [train_rotation_features, train_denoising_features]
 

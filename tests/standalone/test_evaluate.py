@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from vrpo_plugin.errors import ConfigError, DataError
-from vrpo_plugin.evaluation.features import train_small_features
-from vrpo_plugin.evaluation.frechet import FeatureStatistics, frechet_distance
-from vrpo_plugin.evaluation.precision_recall import precision_recall
-from vrpo_plugin.evaluation.protocol import EvalProtocol, EvalResult, compare, evaluate
+from vrpo_plugin.standalone.evaluate import EvalProtocol, EvalResult, compare, evaluate
+from vrpo_plugin.standalone.features import train_small_features
+from vrpo_plugin.standalone.frechet import FeatureStatistics, frechet_distance
+from vrpo_plugin.standalone.precision_recall import precision_recall
 
 PROTOCOL = EvalProtocol(
     solver="euler",

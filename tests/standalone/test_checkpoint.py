@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from vrpo_plugin.errors import CheckpointError, ConfigError
-from vrpo_plugin.reference import checkpoint
-from vrpo_plugin.reference.checkpoint import (
+from vrpo_plugin.standalone import checkpoint
+from vrpo_plugin.standalone.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,

@@ -1,4 +1,4 @@
-"""vrpo_plugin.reference.sit: REPA's names, shapes and numerics."""
+"""vrpo_plugin.standalone.sit: REPA's names, shapes and numerics."""
 
 import importlib.util
 import math
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vrpo_plugin.errors import ConfigError, ShapeError
-from vrpo_plugin.reference.sit import SIT_MODELS, SiT, create_sit, sincos_position_embedding
+from vrpo_plugin.standalone.sit import SIT_MODELS, SiT, create_sit, sincos_position_embedding
 
 SIZES: dict[str, Any] = {
     "input_size": 4,

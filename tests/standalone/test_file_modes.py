@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from vrpo_plugin.evaluation.frechet import FeatureStatistics
-from vrpo_plugin.evaluation.small_training import train_small_features
 from vrpo_plugin.modules.critic import LatentCritic, load_critic_weights, save_critic
-from vrpo_plugin.reference.checkpoint import save_checkpoint, write_text_atomic
+from vrpo_plugin.standalone.checkpoint import save_checkpoint, write_text_atomic
+from vrpo_plugin.standalone.frechet import FeatureStatistics
+from vrpo_plugin.standalone.small_training import train_small_features
 
 
 @pytest.fixture(params=[0o022, 0o002, 0o077])

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from vrpo_plugin.errors import DataError, ShapeError
-from vrpo_plugin.evaluation.features import (
+from vrpo_plugin.standalone.features import (
     TokenMean,
     extract_features,
     load_small_features,

@@ -9,12 +9,12 @@ import torch
 
 from vrpo_plugin import CheckpointError, ConfigError, DataError, VRPOAligner, VRPOConfig
 from vrpo_plugin.cli import main
-from vrpo_plugin.evaluation.small_training import train_small_features
 from vrpo_plugin.modules.critic import LatentCritic, load_critic_weights
-from vrpo_plugin.pretrain import HELD_OUT_EVERY, CriticTraining, Part, train_critic
-from vrpo_plugin.reference.sit import create_sit
-from vrpo_plugin.reference.sources import DigitsSource, all_images
-from vrpo_plugin.targets import load_targets
+from vrpo_plugin.standalone.sit import create_sit
+from vrpo_plugin.standalone.small_training import train_small_features
+from vrpo_plugin.standalone.sources import DigitsSource, all_images
+from vrpo_plugin.standalone.targets import load_targets
+from vrpo_plugin.standalone.train_critic import HELD_OUT_EVERY, CriticTraining, Part, train_critic
 
 OPTIONS = (
     "--resolution 8 --enc-type small --critic-width 16 --batch-size 64 --learning-rate 0.003 --num-workers 0".split(" ")

@@ -1,55 +1,18 @@
 """Target encoders by name: timm's and REPA's names, or a small network trained on the spot."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from vrpo_plugin.encoders import FrozenEncoders, load_encoders
+from vrpo_plugin.encoders import Targets, identify, load_encoders
 from vrpo_plugin.errors import ConfigError, explain
-from vrpo_plugin.modules.critic import CriticPurpose
-from vrpo_plugin.reference.data import LATENTS_SCALE
-from vrpo_plugin.reference.sources import Source, all_images
+from vrpo_plugin.standalone.data import LATENTS_SCALE
+from vrpo_plugin.standalone.sources import Source, all_images
 
 SMALL = "small"
 SMALL_SEED = 0  # fixed, so that runs of all seeds and methods share the encoder
 SMALL_IMAGES = 20_000
-
-
-@dataclass(frozen=True)
-class Targets:
-    """A frozen target encoder.
-
-    Attributes:
-        dims: D of each network.
-        grid: (h, w) of their tokens.
-        encode: uint8 images (B, C, H, W) to one (B, h * w, D) per network, without gradient.
-        identify: names and hashes of the networks, which takes seconds where they are large.
-        resolution: side in pixels of the images.
-        latent_scale: factor on the latents of the same data; 1 for pixels.
-    """
-
-    dims: tuple[int, ...]
-    grid: tuple[int, int]
-    encode: Callable[[Tensor], tuple[Tensor, ...]]
-    identify: Callable[[], str] | None = None
-    resolution: int | None = None
-    latent_scale: float | None = None
-
-    def critic_purpose(self) -> CriticPurpose:
-        """What a critic of these targets is for."""
-        encoder = self.identify() if self.identify is not None else None
-        return CriticPurpose(encoder=encoder, latent_scale=self.latent_scale, resolution=self.resolution)
-
-
-def identify(encoders: FrozenEncoders) -> str:
-    """Names of encoders, each with eight digits that change with its weights."""
-    from vrpo_plugin.evaluation.small_network import weights_hash
-
-    return ", ".join(f"{one.name} ({weights_hash(one.model.state_dict())})" for one in encoders.encoders)
 
 
 def load_targets(
@@ -94,8 +57,8 @@ def load_targets(
             device=device,
         )
         return Targets(encoders.dims, (side, side), encoders, lambda: identify(encoders), **of_data)
-    from vrpo_plugin.evaluation.small_network import load_small_features
-    from vrpo_plugin.evaluation.small_training import train_small_features
+    from vrpo_plugin.standalone.small_network import load_small_features
+    from vrpo_plugin.standalone.small_training import train_small_features
 
     if checkpoint is not None:
         small = load_small_features(checkpoint)

@@ -14,8 +14,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from vrpo_plugin.errors import ConfigError, DataError
-from vrpo_plugin.reference.data import LATENTS_SCALE, PositionBatchSampler, TrainingSamples
-from vrpo_plugin.reference.sources import (
+from vrpo_plugin.standalone.data import LATENTS_SCALE, PositionBatchSampler, TrainingSamples
+from vrpo_plugin.standalone.sources import (
     ArraySource,
     DigitsSource,
     ImageFolderSource,

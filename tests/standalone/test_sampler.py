@@ -1,4 +1,4 @@
-"""vrpo_plugin.reference.sampler, against Gaussian data, whose velocity and score are known."""
+"""vrpo_plugin.standalone.sampler, against Gaussian data, whose velocity and score are known."""
 
 import importlib.util
 import math
@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vrpo_plugin.errors import ConfigError
-from vrpo_plugin.reference.sampler import SOLVERS, sample
-from vrpo_plugin.reference.sit import SiT
+from vrpo_plugin.standalone.sampler import SOLVERS, sample
+from vrpo_plugin.standalone.sit import SiT
 
 PATHS = ("linear", "cosine")
 MEANS = (1.5, -0.5, 0.25)  # of class 0, class 1, and the null label 2

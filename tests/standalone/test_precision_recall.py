@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vrpo_plugin.errors import ConfigError, DataError, ShapeError
-from vrpo_plugin.evaluation.precision_recall import PrecisionRecall, precision_recall
+from vrpo_plugin.standalone.precision_recall import PrecisionRecall, precision_recall
 
 
 def numpy_share_inside(queries, points, k):
