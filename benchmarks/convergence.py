@@ -30,7 +30,7 @@ from convergence_run import Judge
 from tqdm import tqdm
 
 from vrpo_plugin import VRPOError, __version__
-from vrpo_plugin.standalone.checkpoint import write_text_atomic
+from vrpo_plugin.files import write_file
 
 WORKER = Path(__file__).with_name("convergence_run.py")
 
@@ -138,7 +138,7 @@ def main() -> None:
     floor = _floor(benchmark, device)
     result = {"protocol": protocol_of(benchmark, accuracy), "costs": costs, "runs": records, "summary": summary}
     result["floor"] = floor
-    write_text_atomic(arguments.output / f"{recipe.name}.json", json.dumps(result, indent=1) + "\n")
+    write_file(arguments.output / f"{recipe.name}.json", json.dumps(result, indent=1) + "\n")
     plot(records, JUDGES, costs, arguments.output / f"{recipe.name}.png")
     print(table(records, JUDGES, costs, floor))
     for alarm in alarms(records):
@@ -153,7 +153,7 @@ def _floor(benchmark: Benchmark, device: torch.device) -> dict[str, Any] | None:
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if known.get("judging") != judging:
         known = {"judging": judging, "floor": Judge(benchmark, device).floor()}
-        write_text_atomic(file, json.dumps(known, indent=1) + "\n")
+        write_file(file, json.dumps(known, indent=1) + "\n")
     return known["floor"]
 
 
@@ -165,7 +165,7 @@ def _costs(benchmark: Benchmark, methods: list[str], device: torch.device) -> di
     if any(known.get(method, {}).get("settings") != settings[method] for method in methods):
         costs = measure_costs(benchmark, methods, device)
         known = {method: {**cost, "settings": settings[method]} for method, cost in costs.items()}
-        write_text_atomic(file, json.dumps(known, indent=1) + "\n")
+        write_file(file, json.dumps(known, indent=1) + "\n")
     return {method: known[method] for method in methods}
 
 

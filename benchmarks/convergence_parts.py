@@ -23,7 +23,7 @@ from train_repa_vrpo import main as train_example  # noqa: E402
 from vrpo_plugin import VRPOConfig  # noqa: E402
 from vrpo_plugin.config import check_keys  # noqa: E402
 from vrpo_plugin.errors import ConfigError, DataError, explain  # noqa: E402
-from vrpo_plugin.standalone.checkpoint import write_text_atomic  # noqa: E402
+from vrpo_plugin.files import write_file  # noqa: E402
 from vrpo_plugin.standalone.small_network import SmallFeatureNetwork, load_small_features  # noqa: E402
 from vrpo_plugin.standalone.small_training import (  # noqa: E402
     train_denoising_features,
@@ -102,9 +102,7 @@ class Benchmark:
             images, labels = all_images(self.source(), self.recipe.networks.images)
         for name in missing:
             network = TRAINERS[name](images, labels, device=device, **self._network_settings(name))
-            temporary = self.network_file(name).with_suffix(".tmp")
-            network.save(temporary)
-            temporary.replace(self.network_file(name))
+            network.save(self.network_file(name))
         for name in self.recipe.networks.critics:
             if not self.network_file(name).exists():
                 train_critic(self.critic_training(name))
@@ -128,7 +126,7 @@ class Benchmark:
             refuse_other(self.network_file(name), former, settings, "Choose another --output.")
         else:
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_text_atomic(file, json.dumps(settings, indent=1) + "\n")
+            write_file(file, json.dumps(settings, indent=1) + "\n")
 
     def critic_training(self, name: str) -> CriticTraining:
         """How a critic of the recipe is trained."""

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vrpo_plugin.files import write_file
+
 Record = Mapping[str, Any]
 
 ALARM = 0.01  # a cosine; runs of one method differ by a third of it between seeds
@@ -222,10 +224,8 @@ def plot(runs: Sequence[Record], judges: Sequence[str], costs: Mapping[str, Any]
             axis.set(yscale="log", xlabel=unit, ylabel="Frechet distance", title=f"judge: {judge}")
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=110)
+    write_file(path, lambda file: figure.savefig(file, dpi=110, format="png"))
     plt.close(figure)
-    temporary.replace(path)
 
 
 def _by_seed(runs: Sequence[Record], method: str) -> dict[int, Record]:

@@ -18,8 +18,9 @@ from train_output import Painter
 from train_parts import build_decoder, build_model
 
 from vrpo_plugin.encoders import Targets
+from vrpo_plugin.files import write_file
 from vrpo_plugin.functional.interpolant import clean_estimate, noisy_sample
-from vrpo_plugin.standalone.checkpoint import load_checkpoint, write_text_atomic
+from vrpo_plugin.standalone.checkpoint import load_checkpoint
 from vrpo_plugin.standalone.features import extract_features
 from vrpo_plugin.standalone.frechet import FeatureStatistics, frechet_distance
 from vrpo_plugin.standalone.precision_recall import precision_recall
@@ -172,7 +173,7 @@ def evaluate(run: Run, device: torch.device) -> None:
         assert judge is not None
         tensors, _ = load_checkpoint(run.checkpoint(step), device)
         record["points"].append(judge.judge(run, step, guidance, tensors["ema"], tensors["model"]))
-        write_text_atomic(run.record_file, json.dumps(record, indent=1) + "\n")
+        write_file(run.record_file, json.dumps(record, indent=1) + "\n")
 
 
 def main() -> None:

@@ -18,14 +18,15 @@ MAY: dict[str, set[str]] = {
     "errors": set(),
     "_version": set(),
     "_moved": set(),
+    "files": {"errors"},
     "config": {"errors"},
     "functional": {"errors", "torch", "einops"},
-    "modules": {"functional", "config", "errors", "torch", "einops", "safetensors", "numpy"},
+    "modules": {"functional", "config", "files", "errors", "torch", "einops", "safetensors", "numpy"},
     "perceptual": {"functional", "errors", "torch", "einops"},
     "encoders": {"functional", "modules", "errors", "torch", "einops"},
-    "standalone": {"functional", "modules", "encoders", "config", "errors"}
+    "standalone": {"functional", "modules", "encoders", "config", "files", "errors"}
     | {"torch", "timm", "einops", "numpy", "safetensors", "tqdm"},
-    "patching": {"errors"},
+    "patching": {"files", "errors"},
 }
 MAY_INSIDE_FUNCTIONS: dict[str, set[str]] = {
     "perceptual": {"timm", "lpips", "torchvision", "safetensors", "huggingface_hub"},

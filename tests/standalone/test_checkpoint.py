@@ -16,7 +16,6 @@ from vrpo_plugin.standalone.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
-    write_text_atomic,
 )
 
 FORK = multiprocessing.get_context("fork")
@@ -347,9 +346,6 @@ def test_everything_is_on_disk_before_the_rename(tmp_path, monkeypatch):
     files = {"manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"}
     assert set(synced[:4]) == files
     assert synced[4:] == [".saving-0000001", "rename", "root"]
-    synced.clear()
-    write_text_atomic(root / "config.json", "{}")
-    assert synced == [".config.json.partial", "rename", "root"]
 
 
 def save_for_ever(root):
@@ -475,21 +471,3 @@ def test_foreign_content_behind_a_right_checksum_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["missing", ""])
 def test_not_a_checkpoint(tmp_path, name):
     assert_refused(tmp_path / name, tmp_path / name / "manifest.json")
-
-
-# Text files.
-
-
-def test_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "config.json"
-    write_text_atomic(path, "old é")
-    write_text_atomic(path, "older")
-    assert path.read_text(encoding="utf-8") == "older"
-    for name in ("fsync", "replace"):
-        with monkeypatch.context() as patch:
-            patch.setattr(os, name, refuse)
-            with pytest.raises(OSError, match="No space"):
-                write_text_atomic(path, "new")
-        assert path.read_text(encoding="utf-8") == "older"
-    write_text_atomic(path, "new")
-    assert names(tmp_path) == ["config.json"]

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from vrpo_plugin.files import write_file
 from vrpo_plugin.modules.critic import LatentCritic, load_critic_weights, save_critic
-from vrpo_plugin.standalone.checkpoint import save_checkpoint, write_text_atomic
+from vrpo_plugin.standalone.checkpoint import save_checkpoint
 from vrpo_plugin.standalone.frechet import FeatureStatistics
 from vrpo_plugin.standalone.small_training import train_small_features
 
@@ -30,7 +31,7 @@ def test_every_file_has_the_umasks_mode(mode: int, tmp_path: Path) -> None:
     small.save(tmp_path / "encoder.safetensors")
     small.save(str(tmp_path / "encoder.safetensors"))  # and replaced, by a path that is text
     save_checkpoint(tmp_path / "run", 1, {"model": {"a": torch.zeros(2)}}, {"step": 1})
-    write_text_atomic(tmp_path / "config.json", "{}")
+    write_file(tmp_path / "config.json", "{}")
     FeatureStatistics(np.zeros(2), np.eye(2)).save(tmp_path / "reference.npz")
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) >= 7

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vrpo_plugin.errors import CheckpointError, ConfigError, explain
+from vrpo_plugin.files import sync
 
 FORMAT = 1
 MANIFEST, STATE, SUFFIX = "manifest.json", "state.json", ".safetensors"
@@ -71,12 +72,12 @@ def save_checkpoint(
     mode = (saving / STATE).stat().st_mode
     for file in saving.iterdir():
         file.chmod(mode)  # safetensors makes files that only their owner can read
-        _sync(file)
-    _sync(saving)
+        sync(file)
+    sync(saving)
     if final.exists():
         os.replace(final, replaced)
     os.replace(saving, final)
-    _sync(root)
+    sync(root)
     # A file that cannot be deleted now (somebody reads it) must not end the run: the next save tries again.
     shutil.rmtree(replaced, ignore_errors=True)
     if keep_last is not None:
@@ -131,24 +132,6 @@ def latest_checkpoint(root: str | Path) -> Path | None:
     complete = _complete(Path(root))
     # Of two with one step, the one that was moved aside is the older.
     return max(complete, key=lambda c: (c[0], not c[1].name.startswith(REPLACED)))[1] if complete else None
-
-
-def write_text_atomic(path: str | Path, text: str) -> None:
-    """Writes a small text file (UTF-8) so that a reader sees the old text or the new one, never a part.
-
-    Args:
-        path: the file; its folder exists.
-        text: what to write.
-
-    Raises:
-        OSError: the disk's refusal; the old file is as it was.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    _sync(partial)
-    os.replace(partial, path)
-    _sync(path.parent)
 
 
 def _check_arguments(step: int, tensors: Mapping[str, object], state: Mapping[str, Any], keep_last: int | None) -> None:
@@ -240,14 +223,6 @@ def _sha256(file: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _damaged(file: Path, expected: object, got: object) -> CheckpointError:

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from vrpo_plugin.errors import DataError, ShapeError, explain
+from vrpo_plugin.files import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +82,7 @@ class FeatureStatistics:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes ``mu``, ``sigma`` and ``count`` to an .npz file, the keys that pytorch-fid and ADM use."""
         count = {} if self.count is None else {"count": np.int64(self.count)}
-        with open(path, "wb") as file:
-            np.savez(file, mu=self.mean, sigma=self.covariance, **count)
+        write_file(path, lambda file: np.savez(file, mu=self.mean, sigma=self.covariance, **count))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "FeatureStatistics":

@@ -5,7 +5,6 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from vrpo_plugin.encoders import weights_hash
 from vrpo_plugin.errors import CheckpointError, ShapeError, WeightsNotFoundError, explain
+from vrpo_plugin.files import write_file
 
 Architecture = Literal["plain", "residual"]
 ARCHITECTURES: tuple[str, ...] = get_args(Architecture)
@@ -119,11 +119,7 @@ class SmallFeatureNetwork:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file: weights, and in its metadata what rebuilds the network."""
         arguments = {k: v for k, v in vars(self).items() if k != "body"}
-        path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")  # a run that is killed here must not leave half a file
-        # save_file's are readable by their owner alone.
-        temporary.write_bytes(save(self.state_dict(), metadata={"small_features": json.dumps(arguments)}))
-        temporary.replace(path)
+        write_file(path, save(self.state_dict(), metadata={"small_features": json.dumps(arguments)}))
 
 
 def load_small_features(path: str | os.PathLike[str]) -> SmallFeatureNetwork:
