@@ -1,14 +1,12 @@
 """What a convergence benchmark compares: data, training, judges and methods, read from a YAML recipe."""
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vrpo_plugin.config import check_keys
-from vrpo_plugin.errors import ConfigError, explain
+from vrpo_plugin.settings import build, read_mapping
 
 OUTPUT = "OUTPUT"  # stands for the output folder in a method's critic_checkpoint
 JUDGES = ("classes", "rotation", "denoising")  # the first one decides the ratios
@@ -94,16 +92,10 @@ def read_recipe(path: Path) -> Recipe:
     """Reads a recipe.
 
     Raises:
-        ConfigError: the file is missing, a key is unknown or missing, or the baseline is no method.
+        ConfigError: the file is missing, a key is unknown or missing, a value is of another kind, or the baseline is no
+            method.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(explain(str(path), expected="a YAML recipe", got=error, do="Check the path.")) from error
-    values = _build(Recipe, content, str(path))
-    values["evaluation"] = EvaluationRecipe(**_build(EvaluationRecipe, values["evaluation"], f"{path}: evaluation"))
-    values["networks"] = NetworkRecipe(**_build(NetworkRecipe, values.get("networks") or {}, f"{path}: networks"))
-    recipe = Recipe(**values)
+    recipe = build(Recipe, read_mapping(path, "a YAML recipe"), str(path))
     for key in ("baseline", "candidate"):
         check_keys([getattr(recipe, key)], recipe.methods, subject=f"{path}: {key}, a method's")
     # Another critic's training could not be counted.
@@ -112,13 +104,3 @@ def read_recipe(path: Path) -> Recipe:
         given = options.get("critic_checkpoint")
         check_keys([given] if given else [], critics, subject=f"{path}: {name}: critic_checkpoint, a critic's")
     return recipe
-
-
-def _build(kind: type, content: Any, subject: str) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise ConfigError(explain(subject, expected="key: value lines", got=repr(content), do="Correct it."))
-    check_keys(content, (f.name for f in fields(kind)), subject=subject)
-    missing = [f.name for f in fields(kind) if f.default is f.default_factory is MISSING and f.name not in content]
-    if missing:
-        raise ConfigError(explain(subject, expected=", ".join(missing), got="nothing", do="Add it."))
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}

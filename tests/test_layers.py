@@ -20,15 +20,17 @@ MAY: dict[str, set[str]] = {
     "_moved": set(),
     "files": {"errors"},
     "config": {"errors"},
+    "settings": {"config", "errors"},
     "functional": {"errors", "torch", "einops"},
     "modules": {"functional", "config", "files", "errors", "torch", "einops", "safetensors", "numpy"},
     "perceptual": {"functional", "errors", "torch", "einops"},
     "encoders": {"functional", "modules", "errors", "torch", "einops"},
-    "standalone": {"functional", "modules", "encoders", "config", "files", "errors"}
+    "standalone": {"functional", "modules", "encoders", "config", "settings", "files", "errors"}
     | {"torch", "timm", "einops", "numpy", "safetensors", "tqdm"},
     "patching": {"files", "errors"},
 }
 MAY_INSIDE_FUNCTIONS: dict[str, set[str]] = {
+    "settings": {"yaml"},
     "perceptual": {"timm", "lpips", "torchvision", "safetensors", "huggingface_hub"},
     "encoders": {"timm", "lpips", "torchvision", "safetensors", "huggingface_hub"},
     "standalone": {"accelerate", "scipy", "torchvision", "sklearn", "PIL"},

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from vrpo_plugin.errors import ConfigError, explain
+from vrpo_plugin.settings import build
 from vrpo_plugin.standalone.features import FeatureNetwork, extract_features
 from vrpo_plugin.standalone.frechet import FeatureStatistics, frechet_distance
 from vrpo_plugin.standalone.precision_recall import precision_recall
@@ -99,9 +100,8 @@ class EvalResult:
             ConfigError: the text is something else.
         """
         try:
-            values = json.loads(text)
-            return cls(**values | {"protocol": EvalProtocol(**values["protocol"])})
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            return build(cls, json.loads(text), "evaluation result")
+        except (json.JSONDecodeError, ConfigError) as error:
             raise ConfigError(
                 explain(
                     "evaluation result",
