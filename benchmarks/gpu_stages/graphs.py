@@ -49,7 +49,7 @@ class SharedBatch:
         if options.weighting != "uniform" or options.gradient_accumulation_steps != 1:
             got = f"weighting={options.weighting}, accumulation {options.gradient_accumulation_steps}"
             expected = "uniform times and no accumulation"
-            raise ConfigError(explain("recipe", expected=expected, got=got, do="Use benchmarks/convergence.py."))
+            raise ConfigError(explain("recipe", expected=expected, got=got, do="Use benchmarks/convergence."))
         self.images, self.labels, self.options, self.seed, self.encode = images, labels, options, seed, encode
         self.device = images.device
         self.generator = torch.Generator(self.device)

@@ -12,7 +12,6 @@ from gpu_stages.stage import markdown
 from vrpo_plugin.files import write_file
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(BENCHMARKS))
 
 BEGIN, END = "<!-- gpu.py: begin -->", "<!-- gpu.py: end -->"
 STAMP = ("card", "torch", "cuda", "timm", "commit", "command", "toy")

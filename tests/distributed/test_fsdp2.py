@@ -1,14 +1,10 @@
 """The example's parts on FSDP2 shards: two gloo processes train, and leave out a bad step, as one process does."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-
 from fakes.gloo import on_two_processes
 from train_options import parse_options
 from train_parts import TrainingStep, build_ema, build_model, build_optimizer, ema_decay, parameter_groups, update_ema

@@ -1,15 +1,11 @@
 """Model and optimizer of the example, saved on some processes and loaded on others, go on alike."""
 
 import copy
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-
 from fakes.gloo import on_two_processes
 from train_options import parse_options
 from train_parts import TrainingStep, build_model, build_optimizer, load_states, whole_states

@@ -17,9 +17,9 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from reliability_command import run
-from reliability_parts import Part
 
+from fuzz.command import run
+from fuzz.part import Part
 from vrpo_plugin import VRPOConfig
 from vrpo_plugin.encoders import load_encoder
 from vrpo_plugin.errors import CheckpointError, VRPOError

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from reliability_draws import HOLES, seeds
 from torch import Tensor, nn
 
+from fuzz.draws import HOLES, seeds
 from vrpo_plugin import RewardState, VRPOAligner, VRPOConfig
 from vrpo_plugin.functional.interpolant import noisy_sample
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from hypothesis import assume
 from hypothesis import strategies as st
-from reliability_cases import Case, call, cases, inputs, settings
-from reliability_draws import Property, refused
 from torch import Tensor
 
+from fuzz.cases import Case, call, cases, inputs, settings
+from fuzz.draws import Property, refused
 from vrpo_plugin import RewardState, VRPOAligner, VRPOConfig, VRPOError
 
 KEYS = tuple(f.name for f in fields(VRPOConfig))

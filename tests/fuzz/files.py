@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from reliability_parts import Part
-from reliability_runs import STEPS, straight_run
 from torch import Tensor
 
+from fuzz.part import Part
+from fuzz.runs import STEPS, straight_run
 from vrpo_plugin import CheckpointError
 from vrpo_plugin.standalone.checkpoint import load_checkpoint
 

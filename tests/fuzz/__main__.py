@@ -1,8 +1,8 @@
 """Injects faults into real runs and files, and counts what came of it.
 
-    python benchmarks/reliability.py --output exps/reliability                 # all parts
-    python benchmarks/reliability.py --output exps/reliability --parts kills   # 20 times kill -9
-    python benchmarks/reliability.py --output exps/reliability --parts calls   # 100,000 random calls
+    python tests/fuzz --output exps/reliability                 # all parts
+    python tests/fuzz --output exps/reliability --parts kills   # 20 times kill -9
+    python tests/fuzz --output exps/reliability --parts calls   # 100,000 random calls
 
 Each part prints one line: what was tried, how often, and how often it failed. Any failure ends it with status 1.
 """
@@ -12,12 +12,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from reliability_calls import calls
-from reliability_files import mutations
-from reliability_hosts import hosts
-from reliability_parts import Part
-from reliability_pickles import pickles
-from reliability_runs import faults, kills
+if __name__ == "__main__":  # Python puts this folder on the path, not the one that holds the package
+    TESTS = Path(__file__).resolve().parents[1]
+    sys.path[:1] = [str(TESTS), str(TESTS / "examples")]
+
+from fuzz.calls import calls
+from fuzz.files import mutations
+from fuzz.hosts import hosts
+from fuzz.part import Part
+from fuzz.pickles import pickles
+from fuzz.runs import faults, kills
 
 # A part's name: its function of (output, count, seed), and the count that docs/reliability.md reports.
 PARTS: dict[str, tuple[Callable[[Path, int, int], Part], int]] = {

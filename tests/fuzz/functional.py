@@ -2,9 +2,9 @@
 
 import torch
 from hypothesis import strategies as st
-from reliability_draws import FILLS, Property, Values, close, finite, holes, refused, seeds, sides, values
 from torch import Tensor
 
+from fuzz.draws import FILLS, Property, Values, close, finite, holes, refused, seeds, sides, values
 from vrpo_plugin.functional.advantages import (
     SCALES,
     group_relative_advantages,

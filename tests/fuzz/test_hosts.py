@@ -1,7 +1,6 @@
 """The command line on damaged hosts and the loaders of hostile files: the parts hold, and can fail."""
 
 import pickle
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,19 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-REPO = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPO / "benchmarks"))
-
-import reliability_damage  # noqa: E402
-import reliability_pickles  # noqa: E402
-from reliability_hosts import hosts  # noqa: E402
-from reliability_pickles import LOADERS, pickles  # noqa: E402
-
-from vrpo_plugin import encoders  # noqa: E402
-from vrpo_plugin.errors import VRPOError  # noqa: E402
-from vrpo_plugin.hosts import tree  # noqa: E402
-from vrpo_plugin.patching import source  # noqa: E402
-from vrpo_plugin.patching.source import Insertion, SourceState  # noqa: E402
+import fuzz.damage
+import fuzz.pickles
+from fuzz.hosts import hosts
+from fuzz.pickles import LOADERS, pickles
+from vrpo_plugin import encoders
+from vrpo_plugin.errors import VRPOError
+from vrpo_plugin.hosts import tree
+from vrpo_plugin.patching import source
+from vrpo_plugin.patching.source import Insertion, SourceState
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +73,7 @@ def test_half_a_patch_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_write_through_a_link_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tree, "outside", lambda *_: "")
-    monkeypatch.setattr(reliability_damage, "DAMAGES", {"a link": reliability_damage.DAMAGES["a link"]})
+    monkeypatch.setattr(fuzz.damage, "DAMAGES", {"a link": fuzz.damage.DAMAGES["a link"]})
     failures = hosts(tmp_path, 40, seed=0).failures
     assert any("patch wrote something else: ['outside/train" in text for text in failures)
 
@@ -120,7 +115,7 @@ def test_an_untyped_refusal_is_noticed(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_bomb_that_is_a_dud_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(reliability_pickles.BOMBS, "a dud", lambda marker: 1)
+    monkeypatch.setitem(fuzz.pickles.BOMBS, "a dud", lambda marker: 1)
     assert any("a dud does nothing" in text for text in pickles(tmp_path / "files", 0, seed=0).failures)
 
 
@@ -128,6 +123,6 @@ def test_a_refusal_that_names_no_file_is_noticed(tmp_path: Path, monkeypatch: py
     def load(folder: Path, data: bytes) -> None:
         raise VRPOError("expected a file, got another")
 
-    monkeypatch.setitem(reliability_pickles.LOADERS, "images", load)
+    monkeypatch.setitem(fuzz.pickles.LOADERS, "images", load)
     failures = pickles(tmp_path / "files", 42, seed=0).failures
     assert failures and all("does not name the file" in text for text in failures)

@@ -1,7 +1,7 @@
 """Compares methods on a folder of images: the same data order, noise, labels and seeds for all.
 
-    python benchmarks/convergence.py --recipe benchmarks/recipes/digits.yaml --output exps/digits      # a smoke test
-    python benchmarks/convergence.py --data cifar10 --recipe benchmarks/recipes/cifar16.yaml --output exps/cifar16
+    python benchmarks/convergence --recipe benchmarks/recipes/digits.yaml --output exps/digits      # a smoke test
+    python benchmarks/convergence --data cifar10 --recipe benchmarks/recipes/cifar16.yaml --output exps/cifar16
 
 Runs train with ``examples/train_repa_vrpo.py``; judges are small networks, independent of the aligned encoder. All
 that is there already is only read, so it can be interrupted at any time. Results: OUTPUT/NAME.json, a table, plots; the
@@ -22,17 +22,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from convergence_cost import measure_costs
-from convergence_parts import Benchmark, Run
-from convergence_recipe import JUDGES, read_recipe
-from convergence_report import alarms, plot, ratio_lines, summarize, table
-from convergence_run import Judge
 from tqdm import tqdm
 
+if __name__ == "__main__":  # Python puts this folder on the path, not the one that holds the package
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from convergence.cost import measure_costs
+from convergence.parts import Benchmark, Run
+from convergence.recipe import JUDGES, read_recipe
+from convergence.report import alarms, plot, ratio_lines, summarize, table
+from convergence.run import Judge
 from vrpo_plugin import VRPOError, __version__
 from vrpo_plugin.files import write_file
 
-WORKER = Path(__file__).with_name("convergence_run.py")
+WORKER = Path(__file__).with_name("run.py")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -5,17 +5,13 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from reliability_parts import Part
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "examples"))
-
 import harness
 
+from fuzz.part import Part
 from vrpo_plugin.standalone.checkpoint import SAVING
 from vrpo_plugin.standalone.small_training import train_small_features
 from vrpo_plugin.standalone.sources import DigitsSource, all_images

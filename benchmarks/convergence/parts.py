@@ -11,29 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from convergence_recipe import JUDGES, OUTPUT, Recipe
 from torch import Tensor
+from train_options import FREE_ON_RESUME, TrainOptions, parse_options, to_dict
+from train_repa_vrpo import main as train_example
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
-from train_options import FREE_ON_RESUME, TrainOptions, parse_options, to_dict  # noqa: E402
-from train_repa_vrpo import main as train_example  # noqa: E402
-
-from vrpo_plugin import VRPOConfig  # noqa: E402
-from vrpo_plugin.config import check_keys  # noqa: E402
-from vrpo_plugin.errors import ConfigError, DataError, explain  # noqa: E402
-from vrpo_plugin.files import write_file  # noqa: E402
-from vrpo_plugin.standalone.small_network import SmallFeatureNetwork, load_small_features  # noqa: E402
-from vrpo_plugin.standalone.small_training import (  # noqa: E402
+from convergence.recipe import JUDGES, OUTPUT, Recipe
+from vrpo_plugin import VRPOConfig
+from vrpo_plugin.config import check_keys
+from vrpo_plugin.errors import ConfigError, DataError, explain
+from vrpo_plugin.files import write_file
+from vrpo_plugin.standalone.small_network import SmallFeatureNetwork, load_small_features
+from vrpo_plugin.standalone.small_training import (
     train_denoising_features,
     train_rotation_features,
     train_small_features,
 )
-from vrpo_plugin.standalone.sources import Source, all_images, open_source  # noqa: E402
-from vrpo_plugin.standalone.train_critic import CriticTraining, train_critic  # noqa: E402
+from vrpo_plugin.standalone.sources import Source, all_images, open_source
+from vrpo_plugin.standalone.train_critic import CriticTraining, train_critic
 
-SCRIPT = ROOT / "examples" / "train_repa_vrpo.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "train_repa_vrpo.py"
 ENCODER = "encoder"
 
 # Another architecture and other seeds than the encoder's; two of the three have never seen a label.

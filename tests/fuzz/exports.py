@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reliability_command import run, snapshot
-from reliability_parts import Part
 from torch import Tensor
+
+from fuzz.command import run, snapshot
+from fuzz.part import Part
 
 
 def export(part: Part, folder: Path, draw: random.Random) -> None:

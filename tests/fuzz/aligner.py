@@ -5,10 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from reliability_cases import Case, Host, call, cases, inputs
-from reliability_draws import Property, finite, refused
 from torch import Tensor
 
+from fuzz.cases import Case, Host, call, cases, inputs
+from fuzz.draws import Property, finite, refused
 from vrpo_plugin import VRPOAligner, VRPOOutput
 from vrpo_plugin.functional.levels import LEVELS, noise_levels
 

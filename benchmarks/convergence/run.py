@@ -1,4 +1,4 @@
-"""One run of a convergence benchmark: trains it, and judges its checkpoints. ``convergence.py`` starts these."""
+"""One run of a convergence benchmark: trains it, and judges its checkpoints. ``__main__.py`` starts these."""
 
 import argparse
 import json
@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from convergence_parts import ENCODER, Benchmark, Run
-from convergence_recipe import JUDGES, read_recipe
 from einops import rearrange
 from torch import Tensor
 from train_output import Painter
 from train_parts import build_decoder, build_model
 
+from convergence.parts import ENCODER, Benchmark, Run
+from convergence.recipe import JUDGES, read_recipe
 from vrpo_plugin.encoders import Targets
 from vrpo_plugin.files import write_file
 from vrpo_plugin.functional.interpolant import clean_estimate, noisy_sample

@@ -1,4 +1,4 @@
-"""What the parts of reliability.py share: counting what was tried and what failed."""
+"""What the parts of tests/fuzz share: counting what was tried and what failed."""
 
 
 class Part:

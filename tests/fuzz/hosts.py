@@ -7,24 +7,20 @@ import os
 import random
 import shutil
 import stat
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from reliability_command import Ended, Snapshot, run, snapshot
-from reliability_damage import LINES, Sandbox, damage
-from reliability_exports import export
-from reliability_parts import Part
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-
 from fakes.host_trees import verify_as_it_is, write_tree
 
+from fuzz.command import Ended, Snapshot, run, snapshot
+from fuzz.damage import LINES, Sandbox, damage
+from fuzz.exports import export
+from fuzz.part import Part
 from vrpo_plugin.patching.fingerprint import NOT_PYTHON
 
-FAKES = Path(__file__).resolve().parents[1] / "tests" / "fakes" / "hosts"
+FAKES = Path(__file__).resolve().parents[1] / "fakes" / "hosts"
 REPOSITORIES = ("repa", "reg", "irepa", "sit", "dit", "repae", "lightningdit")
 CHECKOUTS = ("REPA", "REG", "iREPA", "SiT", "DiT", "REPA-E", "LightningDiT")
 FOLDERS = ("host", "host", "a folder", "h\u00f6st", os.fsdecode(b"caf\xe9"))

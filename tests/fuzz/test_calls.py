@@ -1,6 +1,5 @@
-"""The random calls of benchmarks/reliability_calls.py: they pass, and they find what is wrong."""
+"""The random calls of tests/fuzz/calls.py: they pass, and they find what is wrong."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,20 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import reliability_calls
-from reliability import PARTS
-from reliability_calls import PROPERTIES, calls
-
+import fuzz.calls
 import vrpo_plugin.functional.advantages
 import vrpo_plugin.modules.aligner
+from fuzz.__main__ import PARTS
+from fuzz.calls import PROPERTIES, calls
 from vrpo_plugin.functional.advantages import GroupMoments, group_moments
 from vrpo_plugin.modules.generation import GenerationReadout
 
 
 def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    monkeypatch.setattr(reliability_calls, "PROPERTIES", {name: PROPERTIES[name] for name in names})
+    monkeypatch.setattr(fuzz.calls, "PROPERTIES", {name: PROPERTIES[name] for name in names})
 
 
 def test_a_few_calls_of_everything(tmp_path: Path) -> None:
@@ -78,13 +74,13 @@ def test_it_finds_an_error_that_is_not_typed(tmp_path: Path, monkeypatch: pytest
 
 def test_it_finds_what_is_left_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch, "memories")
-    monkeypatch.setattr(reliability_calls, "CHUNK", 20)
+    monkeypatch.setattr(fuzz.calls, "CHUNK", 20)
     right, kept = PROPERTIES["memories"], []
 
     def leaks(case: object) -> str:
         kept.append(torch.zeros(1))
         return right.check(case)
 
-    reliability_calls.PROPERTIES["memories"] = right._replace(check=leaks)
+    fuzz.calls.PROPERTIES["memories"] = right._replace(check=leaks)
     (failure,) = calls(tmp_path, 60, seed=0).failures
     assert "20 tensors more are alive" in failure

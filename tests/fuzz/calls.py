@@ -9,12 +9,13 @@ import warnings
 from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from reliability_aligner import ALIGNER
-from reliability_draws import Property
-from reliability_functional import FUNCTIONAL
-from reliability_parts import Part
-from reliability_refusals import REFUSALS
 from torch import Tensor
+
+from fuzz.aligner import ALIGNER
+from fuzz.draws import Property
+from fuzz.functional import FUNCTIONAL
+from fuzz.part import Part
+from fuzz.refusals import REFUSALS
 
 PROPERTIES: dict[str, Property] = {**FUNCTIONAL, **REFUSALS, **ALIGNER}
 CHUNK = 500  # calls between two counts of the tensors that are alive
