@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from vrpo_plugin.modules.critic import LatentCritic
-from vrpo_plugin.reference.sit import create_sit
+from vrpo_plugin.standalone.sit import create_sit
 
 
 def count_macs(run: Callable[[], Any]) -> float:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vrpo_plugin.evaluation.protocol import EvalResult, compare
+from vrpo_plugin.standalone.evaluate import EvalResult, compare
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_repa_vrpo.py"
 

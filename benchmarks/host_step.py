@@ -15,7 +15,7 @@ from gpu_stages.stage import Stage
 from gpu_stages.step import Group, describe, measure, table
 from gpu_stages.trainers import Size
 
-from vrpo_plugin.reference.sit import SIT_MODELS
+from vrpo_plugin.standalone.sit import SIT_MODELS
 
 NAMES = ("REPA", "VRPO, online critic", "VRPO, frozen critic", "VRPO, features only")
 

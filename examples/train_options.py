@@ -1,19 +1,18 @@
 """Options of the example: dataclass defaults < YAML recipe < what the method means < command line."""
 
 import argparse
-import math
 import os
-import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from vrpo_plugin import ConfigError, VRPOConfig
 from vrpo_plugin.config import check_keys
 from vrpo_plugin.errors import explain
-from vrpo_plugin.evaluation.protocol import EvalProtocol
-from vrpo_plugin.targets import SMALL
+from vrpo_plugin.settings import add_flags, check_kinds, convert, read_mapping
+from vrpo_plugin.standalone.evaluate import EvalProtocol
+from vrpo_plugin.standalone.targets import SMALL
 
 DIGITS_RECIPE = Path(__file__).parent / "recipes" / "digits.yaml"
 
@@ -99,7 +98,7 @@ class TrainOptions:
     guidance_high: float = _option(1.0, "guidance up to this t")
 
     def __post_init__(self) -> None:
-        self._check_kinds()
+        check_kinds(self)
         counts = ("batch_size", "max_train_steps", "gradient_accumulation_steps", "resolution", "encoder_depth")
         counts_of_output = ("checkpointing_steps", "keep_last", "flush_steps", "solver_steps")
         rates = ("learning_rate", "critic_learning_rate", "max_grad_norm", "adam_epsilon")
@@ -129,24 +128,6 @@ class TrainOptions:
         if self.resume_step is not None and (self.resume_step < 1 or not self.resume):
             got = f"{self.resume_step} {'with' if self.resume else 'without'} --resume"
             raise ConfigError(explain("resume_step", expected=">= 1, with --resume", got=got, do="Correct it."))
-
-    def _check_kinds(self) -> None:
-        """Of every value, wherever it comes from: None and NaN pass no comparison, or every one."""
-        for name, hint in get_type_hints(type(self)).items():
-            value, kinds = getattr(self, name), _alternatives(hint)
-            choices = [c for kind in kinds if get_origin(kind) is Literal for c in get_args(kind)]
-            if value is None and type(None) in kinds:
-                continue
-            if choices:
-                right, expected = value in choices, f"one of {', '.join(choices)}"
-            else:
-                kind = next(kind for kind in kinds if kind in (bool, int, float, str))
-                numbers = (int, float) if kind is float else kind
-                right = isinstance(value, numbers) and isinstance(value, bool) == (kind is bool)
-                right = right and not (kind is float and not math.isfinite(value))
-                expected = "a finite number" if kind is float else kind.__name__
-            if not right:
-                raise ConfigError(explain(name, expected=expected, got=repr(value), do="Correct it."))
 
     def _check(self, name: str, holds: Callable[[Any], bool], expected: str) -> None:
         value = getattr(self, name)
@@ -199,11 +180,7 @@ def parse_options(argv: Sequence[str] | None = None) -> tuple[TrainOptions, VRPO
     )
     parser.add_argument("--config", help="YAML recipe; keys are the options below, with _ or -")
     for group_name, owner in (("training", TrainOptions), ("objective", VRPOConfig)):
-        group = parser.add_argument_group(group_name)
-        hints = get_type_hints(owner)
-        for f in fields(owner):
-            text = f.metadata.get("help", "see VRPOConfig")
-            _add_flag(group, f.name, hints[f.name], f"{text} (default: {f.default})".strip())
+        add_flags(parser.add_argument_group(group_name), owner)
     known, unknown = parser.parse_known_args(argv)
     own = {f.name for f in fields(TrainOptions)}
     flags = [text.split("=")[0].lstrip("-").replace("-", "_") for text in unknown if text.startswith("--")]
@@ -259,69 +236,12 @@ def read_recipe(path: str) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, no mapping, or holds an unknown key or a value of another type.
     """
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(explain(path, expected="a YAML recipe", got=error, do="Check the path.")) from error
-    if not isinstance(content, dict):
-        raise ConfigError(explain(path, expected="key: value lines", got=type(content).__name__, do="Correct it."))
-    values = {str(key).replace("-", "_"): value for key, value in content.items()}
+    values = {key.replace("-", "_"): value for key, value in read_mapping(path, "a YAML recipe").items()}
     hints = get_type_hints(TrainOptions) | get_type_hints(VRPOConfig)
     check_keys(values, hints, subject=path)
-    for key, value in values.items():
-        plain = next((t for t in _alternatives(hints[key]) if t in (int, float, str, bool)), None)
-        if plain is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-            try:
-                values[key] = float(value)  # YAML 1.1 reads 1e-4 as a string
-            except ValueError as error:
-                raise ConfigError(explain(f"{path}: {key}", expected="a number", got=repr(value), do="")) from error
-        elif plain is not None and value is not None and type(value) is not plain:
-            raise ConfigError(
-                explain(f"{path}: {key}", expected=plain.__name__, got=repr(value), do="Correct the recipe.")
-            )
-    return values
+    return {key: convert(value, hints[key], f"{path}: {key}") for key, value in values.items()}
 
 
 def to_dict(options: TrainOptions, config: VRPOConfig) -> dict[str, Any]:
     """The resolved configuration, as config.json holds it and ``--config`` reads it."""
     return asdict(options) | config.to_dict()
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-
-
-def _add_flag(group: Any, name: str, hint: Any, help: str) -> None:
-    """One option. No default here: what is not given must not hide the recipe."""
-    kwargs: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": help}
-    alternatives = _alternatives(hint)
-    choices = [c for part in alternatives if get_origin(part) is Literal for c in get_args(part)]
-    if hint is bool:
-        kwargs["action"] = argparse.BooleanOptionalAction
-    elif name in ("rewards", "layers", "reward_weights"):
-        kwargs |= {"type": _PARSERS[name], "metavar": "A,B" if name != "reward_weights" else "A=W,B=W"}
-    elif choices:
-        kwargs["choices"] = choices
-    else:
-        plain = next(t for t in alternatives if t in (int, float, str))
-        kwargs |= {"type": plain, "metavar": plain.__name__.upper()}
-    group.add_argument("--" + name.replace("_", "-"), **kwargs)
-
-
-def _parse_layers(text: str) -> Any:
-    return text if text in ("early", "middle", "all") else tuple(int(part) for part in text.split(","))
-
-
-def _parse_weights(text: str) -> Any:
-    if "=" not in text:
-        return text
-    return {name: float(share) for name, share in (part.split("=") for part in text.split(","))}
-
-
-_PARSERS: dict[str, Any] = {
-    "rewards": lambda text: tuple(text.split(",")),
-    "layers": _parse_layers,
-    "reward_weights": _parse_weights,
-}

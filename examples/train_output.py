@@ -16,12 +16,13 @@ from train_options import ENCODER_PREFIX, FREE_ON_RESUME, TrainOptions
 import vrpo_plugin
 from vrpo_plugin import CheckpointError, ConfigError, NonFiniteError, VRPOConfig
 from vrpo_plugin.errors import explain
-from vrpo_plugin.evaluation.protocol import EvalProtocol, EvalResult, evaluate
-from vrpo_plugin.reference.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, write_text_atomic
-from vrpo_plugin.reference.sampler import sample
-from vrpo_plugin.reference.sit import SiT
-from vrpo_plugin.reference.sources import Source, all_images
-from vrpo_plugin.targets import SMALL
+from vrpo_plugin.files import write_file
+from vrpo_plugin.standalone.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from vrpo_plugin.standalone.evaluate import EvalProtocol, EvalResult, evaluate
+from vrpo_plugin.standalone.sampler import sample
+from vrpo_plugin.standalone.sit import SiT
+from vrpo_plugin.standalone.sources import Source, all_images
+from vrpo_plugin.standalone.targets import SMALL
 
 JUDGE_SEED = 1  # fixed, and not the small encoder's: runs of all seeds and methods share one independent judge
 
@@ -81,7 +82,7 @@ class RunFolder:
             "settings": self.settings,
             "versions": {"vrpo_plugin": vrpo_plugin.__version__, "torch": torch.__version__},
         }
-        write_text_atomic(self.path / "config.json", json.dumps(record, indent=2) + "\n")
+        write_file(self.path / "config.json", json.dumps(record, indent=2) + "\n")
 
     def latest(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
         """The newest complete checkpoint, or None; metrics beyond it are cut off by :meth:`cut_metrics`.
@@ -99,7 +100,7 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         if lines:
-            write_text_atomic(path, "".join(lines[:step]))
+            write_file(path, "".join(lines[:step]))
         if len(lines) < step:
             raise CheckpointError(
                 explain(str(path), expected=f"{step} lines", got=len(lines), do="Restore it, or start a new run.")
@@ -120,7 +121,7 @@ class RunFolder:
         if path.exists() and not _has_protocol(path, result.protocol):
             digest = hashlib.sha256(json.dumps(result.protocol.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
             path = self.path / f"evaluation-{result.protocol.name}-{digest}.json"
-        write_text_atomic(path, result.to_json() + "\n")
+        write_file(path, result.to_json() + "\n")
         return path
 
     def draw_curves(self) -> None:
@@ -147,10 +148,8 @@ class RunFolder:
             axis.set(title=title, xlabel="step")
             axis.legend(fontsize=7)
         figure.tight_layout()
-        temporary = self.path / "curves.tmp.png"
-        figure.savefig(temporary, dpi=110)
+        write_file(self.path / "curves.png", lambda file: figure.savefig(file, dpi=110, format="png"))
         plt.close(figure)
-        temporary.replace(self.path / "curves.png")
 
 
 def _has_protocol(path: Path, protocol: EvalProtocol) -> bool:
@@ -239,7 +238,7 @@ class Painter:
         """Reads a named evaluation network now: its file may be missing, and the run may be long."""
         options = self.options
         if options.eval_samples and options.eval_network != SMALL:
-            from vrpo_plugin.evaluation.features import timm_features
+            from vrpo_plugin.standalone.features import timm_features
 
             resolution = self.source.image_shape[-1]
             self._network = timm_features(
@@ -281,16 +280,15 @@ class Painter:
         tiles = rearrange(framed, "(r c) k h w -> (r h) (c w) k", r=10)
         picture = Image.fromarray(tiles.squeeze(-1).numpy() if tiles.shape[-1] == 1 else tiles.numpy())
         scale = max(1, 640 // picture.width)
-        temporary = path.with_suffix(".tmp.png")
-        picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(temporary)
-        temporary.replace(path)
+        picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+        write_file(path, lambda file: picture.save(file, format="png"))
 
     def evaluate(self, model: SiT) -> EvalResult:
         """Frechet distance, precision and recall against the training images, in a network of their own."""
         options = self.options
         real, labels = all_images(self.source, 50_000)
         if options.eval_network == SMALL:
-            from vrpo_plugin.evaluation.small_training import train_small_features
+            from vrpo_plugin.standalone.small_training import train_small_features
 
             # Another architecture, width and seed than the small encoder's: the aligned network is no judge.
             network: Any = train_small_features(

@@ -22,14 +22,15 @@ from torch.utils.data import DataLoader
 from train_options import ENCODER_PREFIX, TrainOptions
 
 from vrpo_plugin import ConfigError, VRPOAligner, VRPOConfig
+from vrpo_plugin.encoders import Targets
 from vrpo_plugin.errors import explain
-from vrpo_plugin.evaluation.protocol import EvalProtocol
 from vrpo_plugin.functional.interpolant import PathType, noisy_sample
 from vrpo_plugin.functional.tensors import finite_samples
-from vrpo_plugin.reference.data import LATENTS_SCALE, PositionBatchSampler, TrainingSamples
-from vrpo_plugin.reference.sit import SiT, create_sit
-from vrpo_plugin.reference.sources import Source
-from vrpo_plugin.targets import Targets, load_targets
+from vrpo_plugin.standalone.data import LATENTS_SCALE, PositionBatchSampler, TrainingSamples
+from vrpo_plugin.standalone.evaluate import EvalProtocol
+from vrpo_plugin.standalone.sit import SiT, create_sit
+from vrpo_plugin.standalone.sources import Source
+from vrpo_plugin.standalone.targets import load_targets
 
 
 def use_deterministic_kernels() -> None:

@@ -39,7 +39,7 @@ from train_parts import (
 )
 
 from vrpo_plugin import NonFiniteGuard, VRPOConfig, VRPOError
-from vrpo_plugin.reference.sources import Source, open_source
+from vrpo_plugin.standalone.sources import Source, open_source
 
 
 class Trainer:

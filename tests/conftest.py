@@ -2,16 +2,11 @@
 
 import random
 import socket
-import sys
 from collections.abc import Generator
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from fakes.random_state import global_random_state
 
 from vrpo_plugin.patching.handle import active_handles

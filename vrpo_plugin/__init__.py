@@ -6,6 +6,7 @@ Names are imported when they are first used: ``vrpo check`` and ``vrpo --version
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from vrpo_plugin._moved import alias_moved_modules
 from vrpo_plugin._version import __version__
 from vrpo_plugin.config import VRPOConfig
 from vrpo_plugin.errors import (
@@ -86,3 +87,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+alias_moved_modules()

@@ -45,7 +45,7 @@ def _add_train_critic(commands: "argparse._SubParsersAction[argparse.ArgumentPar
     command.set_defaults(run=_train_critic)
     if not with_settings:  # they are torch's to import, which the other commands do without
         return
-    from vrpo_plugin.pretrain import CriticTraining
+    from vrpo_plugin.standalone.train_critic import CriticTraining
 
     for f in fields(CriticTraining):
         kind = {int: int, float: float}.get(f.type, str)  # type: ignore[arg-type]
@@ -61,7 +61,7 @@ def _add_train_critic(commands: "argparse._SubParsersAction[argparse.ArgumentPar
 
 
 def _train_critic(**settings: object) -> None:
-    from vrpo_plugin.pretrain import CriticTraining, train_critic
+    from vrpo_plugin.standalone.train_critic import CriticTraining, train_critic
 
     record = train_critic(CriticTraining(**settings))  # type: ignore[arg-type]
     if os.environ.get("RANK", "0") == "0":  # one line, however many processes accelerate launched

@@ -1,9 +1,11 @@
 """Frozen encoders that give the alignment targets: any timm model, images to (B, N, D)."""
 
 import difflib
+import hashlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from vrpo_plugin.errors import CheckpointError, ConfigError, ShapeError, WeightsNotFoundError, explain
 from vrpo_plugin.functional.tensors import require_pixels, resample_tokens
+from vrpo_plugin.modules.critic import CriticPurpose
 
 _SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
 REPA_ENCODERS = {f"dinov2-vit-{k}": f"vit_{v}_patch14_dinov2.lvd142m" for k, v in _SIZES.items()} | {
@@ -161,6 +164,46 @@ class FrozenEncoders:
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
         """Tokens (B, N, D) in float32, one tensor per encoder; see :meth:`FrozenEncoder.__call__`."""
         return tuple(encoder(images) for encoder in self.encoders)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """A frozen target encoder.
+
+    Attributes:
+        dims: D of each network.
+        grid: (h, w) of their tokens.
+        encode: uint8 images (B, C, H, W) to one (B, h * w, D) per network, without gradient.
+        identify: names and hashes of the networks, which takes seconds where they are large.
+        resolution: side in pixels of the images.
+        latent_scale: factor on the latents of the same data; 1 for pixels.
+    """
+
+    dims: tuple[int, ...]
+    grid: tuple[int, int]
+    encode: Callable[[Tensor], tuple[Tensor, ...]]
+    identify: Callable[[], str] | None = None
+    resolution: int | None = None
+    latent_scale: float | None = None
+
+    def critic_purpose(self) -> CriticPurpose:
+        """What a critic of these targets is for."""
+        encoder = self.identify() if self.identify is not None else None
+        return CriticPurpose(encoder=encoder, latent_scale=self.latent_scale, resolution=self.resolution)
+
+
+def identify(encoders: FrozenEncoders) -> str:
+    """Names of encoders, each with eight digits that change with its weights."""
+    return ", ".join(f"{one.name} ({weights_hash(one.model.state_dict())})" for one in encoders.encoders)
+
+
+def weights_hash(state: dict[str, Tensor]) -> str:
+    """Eight hexadecimal digits that change with any name or value of a state dict."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:8]
 
 
 def load_encoder(

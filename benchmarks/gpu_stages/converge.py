@@ -1,4 +1,4 @@
-"""The recipes of ``benchmarks/recipes``, many runs side by side on one card; judged as ``convergence.py`` judges.
+"""The recipes of ``benchmarks/recipes``, many runs side by side on one card, judged as in ``benchmarks/convergence``.
 
 Unlike there, batches are drawn on the device, matrix products are in TF32 and steps are CUDA graphs, so that numbers
 are to be compared within one file. Runs that an earlier call has finished are not trained again; what a call leaves
@@ -8,7 +8,6 @@ unfinished goes on, on the same machine, from its last judged step.
 import itertools
 import json
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,27 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from convergence.cost import measure_costs
+from convergence.parts import ENCODER, Benchmark, Run
+from convergence.recipe import JUDGES, Recipe, read_recipe
+from convergence.report import alarms, last_point, ratio_lines, summarize, table
+from convergence.run import Judge
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpu_stages.data import unpack
-from gpu_stages.example import EXAMPLES  # noqa: F401  # puts the example's modules on the path
 from gpu_stages.graphs import GraphedRun, SharedBatch, advance_together, plain_state
 from gpu_stages.stage import Stage
+from vrpo_plugin.encoders import Targets
+from vrpo_plugin.standalone.sources import all_images
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(BENCHMARKS))
-
-from convergence_cost import measure_costs  # noqa: E402
-from convergence_parts import ENCODER, Benchmark, Run  # noqa: E402
-from convergence_recipe import JUDGES, Recipe, read_recipe  # noqa: E402
-from convergence_report import alarms, last_point, ratio_lines, summarize, table  # noqa: E402
-from convergence_run import Judge  # noqa: E402
-
-from vrpo_plugin.reference.sources import all_images  # noqa: E402
-from vrpo_plugin.targets import Targets  # noqa: E402
-
 Key = tuple[str, int]  # method, seed
 EMA_BYTES, EMA_FILES = 15 * 2**20, 5  # what comes back from a lent machine is limited
 PROBE_STEPS = 60

@@ -22,8 +22,8 @@ from train_options import parse_options  # noqa: E402
 from train_parts import build_loader  # noqa: E402
 from train_repa_vrpo import Trainer  # noqa: E402
 
-from vrpo_plugin.evaluation.small_training import train_small_features  # noqa: E402
-from vrpo_plugin.reference.sources import all_images, open_source  # noqa: E402
+from vrpo_plugin.standalone.small_training import train_small_features  # noqa: E402
+from vrpo_plugin.standalone.sources import all_images, open_source  # noqa: E402
 
 
 def example_arguments(stage: Stage, name: str, **options: Any) -> list[str]:

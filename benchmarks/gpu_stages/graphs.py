@@ -24,9 +24,9 @@ from train_parts import (
 )
 
 from vrpo_plugin import ConfigError, NonFiniteGuard, VRPOConfig
+from vrpo_plugin.encoders import Targets
 from vrpo_plugin.errors import explain
-from vrpo_plugin.reference.sources import Source
-from vrpo_plugin.targets import Targets
+from vrpo_plugin.standalone.sources import Source
 
 EAGER_STEPS = 3  # before the capture: they choose algorithms and make the optimizer's state
 Encode = Callable[[Tensor], tuple[Tensor, ...]]
@@ -35,7 +35,7 @@ Encode = Callable[[Tensor], tuple[Tensor, ...]]
 class SharedBatch:
     """The batches of one seed, one after another in the same memory; a function of the seed and the step.
 
-    Not the draws of ``vrpo_plugin.reference.data``, which are made on the CPU, image by image.
+    Not the draws of ``vrpo_plugin.standalone.data``, which are made on the CPU, image by image.
 
     Args:
         images: uint8 (N, C, S, S), on the device.
@@ -49,7 +49,7 @@ class SharedBatch:
         if options.weighting != "uniform" or options.gradient_accumulation_steps != 1:
             got = f"weighting={options.weighting}, accumulation {options.gradient_accumulation_steps}"
             expected = "uniform times and no accumulation"
-            raise ConfigError(explain("recipe", expected=expected, got=got, do="Use benchmarks/convergence.py."))
+            raise ConfigError(explain("recipe", expected=expected, got=got, do="Use benchmarks/convergence."))
         self.images, self.labels, self.options, self.seed, self.encode = images, labels, options, seed, encode
         self.device = images.device
         self.generator = torch.Generator(self.device)

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(BENCHMARKS))
 
 LIMIT = 60 * 2**20
 RECIPES = {"cifar16": "cifar16.yaml", "cifar32": "cifar32_gpu.yaml"}  # folder of networks: the recipe that makes them
@@ -53,8 +52,8 @@ def prepare(inputs: Path, data: Path | None, hosts: Path | None) -> None:
 
 def _train_networks(name: str, data: Path, inputs: Path) -> None:
     import torch
-    from convergence_parts import Benchmark
-    from convergence_recipe import read_recipe
+    from convergence.parts import Benchmark
+    from convergence.recipe import read_recipe
 
     benchmark = Benchmark(read_recipe(BENCHMARKS / "recipes" / RECIPES[name]), data, inputs / "made" / name)
     print(f"{name}: networks {benchmark.train_networks(torch.device('cpu'))}", flush=True)

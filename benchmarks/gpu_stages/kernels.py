@@ -14,7 +14,7 @@ from gpu_stages.stage import Stage, markdown
 from gpu_stages.step import TOY
 from gpu_stages.trainers import Size, variants, write_critic
 from vrpo_plugin import VRPOAligner
-from vrpo_plugin.reference.sit import SIT_MODELS
+from vrpo_plugin.standalone.sit import SIT_MODELS
 
 STEPS = 5
 TOLERANCE = 0.02  # of the loss, and of the gradients' norm, compiled against eager in bf16

@@ -17,7 +17,7 @@ import torch
 
 from gpu_stages.example import EXAMPLES, example_arguments, example_trainer
 from gpu_stages.stage import Stage, markdown
-from vrpo_plugin.reference.checkpoint import load_checkpoint
+from vrpo_plugin.standalone.checkpoint import load_checkpoint
 
 STEPS, LAST = 100, 20
 TOLERANCE = 0.02  # of the mean of the last 20 steps, against float32

@@ -9,10 +9,9 @@ from typing import Any
 
 from gpu_stages import kernels, precision, step, sync
 from gpu_stages.stage import markdown
-from vrpo_plugin.reference.checkpoint import write_text_atomic
+from vrpo_plugin.files import write_file
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(BENCHMARKS))
 
 BEGIN, END = "<!-- gpu.py: begin -->", "<!-- gpu.py: end -->"
 STAMP = ("card", "torch", "cuda", "timm", "commit", "command", "toy")
@@ -34,14 +33,14 @@ def write_report(outputs: Sequence[Path], root: Path) -> None:
         if any(record["toy"] for record in records):
             sys.exit(f"gpu_{name}.json: expected results; got a toy's, whose numbers mean nothing.")
         if records:
-            write_text_atomic(results / f"gpu_{name}.json", json.dumps(merge(name, records), indent=1) + "\n")
+            write_file(results / f"gpu_{name}.json", json.dumps(merge(name, records), indent=1) + "\n")
     page = root / "docs" / "results.md"
     text = page.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     if not after:
         sys.exit(f"{page}: expected the lines {BEGIN} and {END}, between which the section goes; got neither.")
-    write_text_atomic(page, f"{before}{BEGIN}\n\n{section(results)}\n\n{END}{after}")
+    write_file(page, f"{before}{BEGIN}\n\n{section(results)}\n\n{END}{after}")
 
 
 def _files(outputs: Sequence[Path], name: str) -> list[Path]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vrpo_plugin.reference.checkpoint import write_text_atomic
+from vrpo_plugin.files import write_file
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Stage:
         spent = round(time.monotonic() - self.started, 1)
         content = {"stage": self.name, **self.stamp, "stage_seconds": spent, **self.record}
         self.output.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(self.output / f"gpu_{self.name}.json", json.dumps(content, indent=1) + "\n")
+        write_file(self.output / f"gpu_{self.name}.json", json.dumps(content, indent=1) + "\n")
 
     def skip(self, part: str, reason: str) -> None:
         """Records that a part was not measured, and why."""

@@ -16,7 +16,7 @@ from vrpo_plugin import VRPOAligner, VRPOConfig, apply_vrpo_to_repa
 from vrpo_plugin.functional.alignment import cosine_alignment
 from vrpo_plugin.functional.interpolant import noisy_sample
 from vrpo_plugin.modules.critic import LatentCritic, save_critic
-from vrpo_plugin.reference.sit import SIT_MODELS, create_sit
+from vrpo_plugin.standalone.sit import SIT_MODELS, create_sit
 
 CLASSES = 1000
 

@@ -10,22 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from convergence.__main__ import gpu_of_each_job
+from convergence.parts import Benchmark, Run
+from convergence.recipe import Recipe, read_recipe
+from convergence.run import evenly_spaced
+
+from vrpo_plugin.errors import ConfigError
 
 REPO = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(REPO / "benchmarks"), str(REPO / "examples")]
-
-from convergence import gpu_of_each_job  # noqa: E402
-from convergence_parts import Benchmark, Run  # noqa: E402
-from convergence_recipe import Recipe, read_recipe  # noqa: E402
-from convergence_run import evenly_spaced  # noqa: E402
-
-from vrpo_plugin.errors import ConfigError  # noqa: E402
 
 SMOKE = Path(__file__).with_name("smoke.yaml")
 
 
 def convergence(output: Path, *options: str, recipe: Path = SMOKE) -> subprocess.CompletedProcess[str]:
-    script = REPO / "benchmarks" / "convergence.py"
+    script = REPO / "benchmarks" / "convergence"
     command = [sys.executable, str(script), "--recipe", str(recipe), "--output", str(output), "--jobs", "2", *options]
     variables = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
     environment = {**variables, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(REPO)}

@@ -2,16 +2,11 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-REPO = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPO / "benchmarks"))
-
-from convergence_report import (  # noqa: E402
+from convergence.report import (
     alarms,
     best_point,
     compare_runs,

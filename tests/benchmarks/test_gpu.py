@@ -13,25 +13,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from convergence.recipe import read_recipe
+from convergence.report import last_point
+from gpu_stages import converge, report
+from gpu_stages.data import unpack
+from gpu_stages.graphs import GraphedRun, SharedBatch, advance_together
+from gpu_stages.stage import Stage
+from gpu_stages.step import ratios
 from PIL import Image
+from train_options import parse_options
+from train_parts import TrainingStep, build_ema, build_model, build_optimizer, ema_decay, update_ema
+
+from vrpo_plugin.encoders import Targets
+from vrpo_plugin.standalone.small_network import load_small_features
+from vrpo_plugin.standalone.small_training import train_small_features
+from vrpo_plugin.standalone.sources import ImageFolderSource, all_images, open_source
 
 REPO = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(REPO / "benchmarks"), str(REPO / "examples")]
-
-from convergence_recipe import read_recipe  # noqa: E402
-from convergence_report import last_point  # noqa: E402
-from gpu_stages import converge, report  # noqa: E402
-from gpu_stages.data import unpack  # noqa: E402
-from gpu_stages.graphs import GraphedRun, SharedBatch, advance_together  # noqa: E402
-from gpu_stages.stage import Stage  # noqa: E402
-from gpu_stages.step import ratios  # noqa: E402
-from train_options import parse_options  # noqa: E402
-from train_parts import TrainingStep, build_ema, build_model, build_optimizer, ema_decay, update_ema  # noqa: E402
-
-from vrpo_plugin.evaluation.small_network import load_small_features  # noqa: E402
-from vrpo_plugin.evaluation.small_training import train_small_features  # noqa: E402
-from vrpo_plugin.reference.sources import ImageFolderSource, all_images, open_source  # noqa: E402
-from vrpo_plugin.targets import Targets  # noqa: E402
 
 STAGES = ("step", "sync", "precision", "kernels", "converge")
 

@@ -2,17 +2,14 @@
 
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from convergence.recipe import JUDGES, read_recipe
+from convergence.report import best_point, last_point, ratio_lines, summarize, table
 
 REPO = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPO / "benchmarks"))
-
-from convergence_recipe import JUDGES, read_recipe  # noqa: E402
-from convergence_report import best_point, last_point, ratio_lines, summarize, table  # noqa: E402
 
 STORED = sorted((REPO / "benchmarks" / "results").glob("*.json"))
 RESULTS = {path.stem: path for path in STORED if not path.stem.startswith("gpu_")}

@@ -1,21 +1,17 @@
 """The example's parts on FSDP2 shards: two gloo processes train, and leave out a bad step, as one process does."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-
 from fakes.gloo import on_two_processes
 from train_options import parse_options
 from train_parts import TrainingStep, build_ema, build_model, build_optimizer, ema_decay, parameter_groups, update_ema
 
 from vrpo_plugin import NonFiniteGuard
-from vrpo_plugin.reference.sources import DigitsSource
-from vrpo_plugin.targets import Targets
+from vrpo_plugin.encoders import Targets
+from vrpo_plugin.standalone.sources import DigitsSource
 
 STEPS, BATCH = 20, 16
 BAD_STEP = 7  # a gradient of the last process's shard is not a number

@@ -1,21 +1,17 @@
 """Model and optimizer of the example, saved on some processes and loaded on others, go on alike."""
 
 import copy
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-
 from fakes.gloo import on_two_processes
 from train_options import parse_options
 from train_parts import TrainingStep, build_model, build_optimizer, load_states, whole_states
 
-from vrpo_plugin.reference.sources import DigitsSource
-from vrpo_plugin.targets import Targets
+from vrpo_plugin.encoders import Targets
+from vrpo_plugin.standalone.sources import DigitsSource
 
 ARGUMENTS = ["--reward-weights", "semantic=0.5,perceptual=0.5", "--critic-width", "16"]
 

@@ -1,16 +1,11 @@
 """The example trainer with one fault, as ``VRPO_FAULT=WHAT:STEP:RANK`` says; ``skip`` does nothing at that step."""
 
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-
 import train_repa_vrpo as example
+from torch import Tensor
 
 WHAT, _STEP, _RANK = os.environ["VRPO_FAULT"].split(":")
 STEP, RANK = int(_STEP), int(_RANK)

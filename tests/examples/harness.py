@@ -26,7 +26,8 @@ FAULTY = Path(__file__).with_name("faulty.py")
 def environment(fault: str | None = None) -> dict[str, str]:
     """One thread and no GPU: the same numbers everywhere."""
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_"))}
-    variables |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(REPO)}
+    path = os.pathsep.join([str(REPO), str(REPO / "examples")])
+    variables |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path}
     return variables | ({"VRPO_FAULT": fault} if fault else {})
 
 

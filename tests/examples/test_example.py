@@ -16,11 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vrpo_plugin.cli import main as vrpo_main
-from vrpo_plugin.evaluation.protocol import EvalResult, evaluate
-from vrpo_plugin.evaluation.small_training import train_small_features
-from vrpo_plugin.reference.sampler import sample
-from vrpo_plugin.reference.sit import create_sit
-from vrpo_plugin.reference.sources import DigitsSource, all_images
+from vrpo_plugin.standalone.evaluate import EvalResult, evaluate
+from vrpo_plugin.standalone.sampler import sample
+from vrpo_plugin.standalone.sit import create_sit
+from vrpo_plugin.standalone.small_training import train_small_features
+from vrpo_plugin.standalone.sources import DigitsSource, all_images
 
 pytestmark = pytest.mark.slow
 TWENTY = ("--max-train-steps", "20", "--checkpointing-steps", "20")

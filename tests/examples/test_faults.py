@@ -7,8 +7,8 @@ import harness
 import pytest
 import torch
 
-from vrpo_plugin.evaluation.small_training import train_small_features
-from vrpo_plugin.reference.sources import DigitsSource, all_images
+from vrpo_plugin.standalone.small_training import train_small_features
+from vrpo_plugin.standalone.sources import DigitsSource, all_images
 
 pytestmark = pytest.mark.slow
 

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,16 +10,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate import DistributedType
+from train_options import METHODS, parse_options, to_dict
+from train_output import RunFolder
+from train_parts import check_data, check_launch, check_tools
+
+from vrpo_plugin import CheckpointError, ConfigError, VRPOAligner, VRPOConfig
+from vrpo_plugin.standalone.evaluate import EvalResult
 
 REPO = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPO / "examples"))
-
-from train_options import METHODS, parse_options, to_dict  # noqa: E402
-from train_output import RunFolder  # noqa: E402
-from train_parts import check_data, check_launch, check_tools  # noqa: E402
-
-from vrpo_plugin import CheckpointError, ConfigError, VRPOAligner, VRPOConfig  # noqa: E402
-from vrpo_plugin.evaluation.protocol import EvalResult  # noqa: E402
 
 
 def test_default_is_the_digits_recipe() -> None:

@@ -18,7 +18,7 @@ from vrpo_plugin.config import VRPOConfig
 from vrpo_plugin.errors import ConfigError, HostNotFoundError, ShapeError
 from vrpo_plugin.modules.aligner import VRPOAligner, VRPOOutput
 from vrpo_plugin.modules.projector import ConvProjector
-from vrpo_plugin.reference.sit import create_sit
+from vrpo_plugin.standalone.sit import create_sit
 
 FLOAT32: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
 FIXED: dict[str, Any] = {"reward_weights": {"semantic": 1, "perceptual": 2}, "scale": "none"}

@@ -22,9 +22,9 @@ from vrpo_plugin.patching.source import Insertion
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from vrpo_plugin.encoders import Targets
     from vrpo_plugin.hosts.guard import HostGuard
     from vrpo_plugin.hosts.metrics import Tracker
-    from vrpo_plugin.targets import Targets
 
 logger = logging.getLogger("vrpo_plugin")
 

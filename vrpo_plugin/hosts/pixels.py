@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from vrpo_plugin.config import VRPOConfig
-from vrpo_plugin.encoders import load_encoders
+from vrpo_plugin.encoders import Targets, identify, load_encoders
 from vrpo_plugin.errors import ConfigError, HostChangedError, explain
 from vrpo_plugin.hosts.base import Session
 from vrpo_plugin.hosts.options import DEFAULT_ENCODER, HostOptions
 from vrpo_plugin.modules.critic import read_critic_sizes
-from vrpo_plugin.targets import Targets, identify
 
 VAE_FACTOR = 8  # pixels per latent of the SD-VAE, the only one that SiT and DiT use
 LATENTS_SCALE = 0.18215  # both, in their train.py

@@ -79,7 +79,7 @@ class VRPOOutput:
 
 @runtime_checkable
 class HasPurpose(Protocol):
-    """An encoder that says what a critic of it is for, as :class:`vrpo_plugin.targets.Targets`."""
+    """An encoder that says what a critic of it is for, as :class:`vrpo_plugin.encoders.Targets`."""
 
     def critic_purpose(self) -> CriticPurpose: ...
 

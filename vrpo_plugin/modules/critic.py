@@ -12,6 +12,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from vrpo_plugin.errors import CheckpointError, ConfigError, ShapeError, explain
+from vrpo_plugin.files import write_file
 from vrpo_plugin.functional.tensors import resample_tokens
 
 FULL_RESOLUTION_LIMIT = 64  # sides above are folded into channels, so that pixels cost no more than latents
@@ -155,9 +156,7 @@ def save_critic(critic: LatentCritic, path: Path, *, record: dict[str, Any] | No
 
     tensors = {name: value.detach().cpu().contiguous() for name, value in critic.state_dict().items()}
     metadata = {"vrpo_critic": json.dumps(critic.sizes()), "record": json.dumps(record or {})}
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(save(tensors, metadata=metadata))  # save_file's are readable by their owner alone
-    temporary.replace(path)
+    write_file(path, save(tensors, metadata=metadata))
 
 
 def load_critic_weights(critic: LatentCritic, path: Path) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Random and damaged input, faults and kills; ``python tests/fuzz`` runs them all."""

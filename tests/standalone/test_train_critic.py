@@ -1,0 +1,157 @@
+"""``vrpo train-critic`` and the critic file that a run loads."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from vrpo_plugin import CheckpointError, ConfigError, DataError, VRPOAligner, VRPOConfig
+from vrpo_plugin.cli import main
+from vrpo_plugin.modules.critic import LatentCritic, load_critic_weights
+from vrpo_plugin.standalone.sit import create_sit
+from vrpo_plugin.standalone.small_training import train_small_features
+from vrpo_plugin.standalone.sources import DigitsSource, all_images
+from vrpo_plugin.standalone.targets import load_targets
+from vrpo_plugin.standalone.train_critic import HELD_OUT_EVERY, CriticTraining, Part, train_critic
+
+OPTIONS = (
+    "--resolution 8 --enc-type small --critic-width 16 --batch-size 64 --learning-rate 0.003 --num-workers 0".split(" ")
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("critic") / "critic.safetensors"
+    main(["train-critic", "--output", str(path), "--steps", "300", *OPTIONS])
+    return path
+
+
+def test_critic_agrees_with_encoder_on_held_out_images(trained: Path) -> None:
+    source = DigitsSource()
+    targets = load_targets("small", source, checkpoint=str(trained.with_suffix(".encoder.safetensors")))
+    critic = LatentCritic((1, 8, 8), targets.dims, targets.grid, width=16)
+    record = load_critic_weights(critic, trained)
+    held_out = Part(source, held_out=True)
+    images = torch.stack([held_out.load(i)[0] for i in range(64)])
+    z = targets.encode(images)[0]
+    constant = torch.cosine_similarity(z.mean(0).expand_as(z), z, dim=-1).mean()  # says nothing of the image
+    assert record["held_out_cosine"] > float(constant) + 0.1
+    tokens = critic(images / 127.5 - 1).tokens[0]
+    cosine = torch.cosine_similarity(tokens, z, dim=-1).mean()
+    assert abs(cosine.item() - record["held_out_cosine"]) < 0.1
+
+
+def test_run_uses_it_frozen(trained: Path) -> None:
+    sizes = {"hidden_dim": 32, "depth": 2, "latent_shape": (1, 8, 8), "token_grid": (4, 4), "target_dims": (64,)}
+    aligner = VRPOAligner(**sizes, critic_width=16, critic_checkpoint=str(trained), critic_trainable=False)
+    assert aligner.critic is not None
+    assert not any(p.requires_grad for p in aligner.critic.parameters())
+    with pytest.raises(CheckpointError, match="width"):
+        VRPOAligner(**sizes, critic_width=32, critic_checkpoint=str(trained))
+
+
+def test_a_run_with_another_encoder_normalisation_or_data_is_refused(trained: Path, tmp_path: Path) -> None:
+    source, options = DigitsSource(), {"critic_width": 16, "critic_checkpoint": str(trained)}
+    own = load_targets("small", source, checkpoint=str(trained.with_suffix(".encoder.safetensors")))
+    model = create_sit("SiT-Ti/2", input_size=8, in_channels=1, num_classes=10)
+    VRPOAligner.from_model(model, own, **options)
+    VRPOAligner.from_model(model, own, config=VRPOConfig(**options, critic_trainable=False))
+    with pytest.raises(CheckpointError, match="critic of target_norm spatial, got none"):
+        VRPOAligner.from_model(model, own, target_norm="spatial", **options)
+    images, labels = all_images(source, 200)
+    train_small_features(images, labels, seed=5, steps=2).save(tmp_path / "other.safetensors")
+    other = load_targets("small", source, checkpoint=str(tmp_path / "other.safetensors"))
+    with pytest.raises(CheckpointError, match=r"critic of encoder small-\S+, got small-\S+\. Train one"):
+        VRPOAligner.from_model(model, other, **options)
+    with pytest.raises(CheckpointError, match=r"latent_scale 0\.18215, got 1\.0"):
+        VRPOAligner.from_model(model, replace(own, latent_scale=0.18215), **options)
+
+
+def test_existing_output_is_kept(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = trained.read_bytes()
+    with pytest.raises(SystemExit, match="expected a new file"):
+        main(["train-critic", "--output", str(trained), *OPTIONS])
+    assert trained.read_bytes() == before
+
+
+def test_parts_share_no_image() -> None:
+    source = DigitsSource()
+    held_out, rest = Part(source, held_out=True), Part(source, held_out=False)
+    assert not set(held_out.indices) & set(rest.indices)
+    assert len(held_out) + len(rest) == len(source)
+    assert abs(len(held_out) - len(source) / HELD_OUT_EVERY) < 1
+
+
+def test_bad_settings_are_refused(tmp_path: Path) -> None:
+    output = str(tmp_path / "critic.safetensors")
+    with pytest.raises(ConfigError, match="> 0"):
+        train_critic(CriticTraining(output=output, steps=0))
+    with pytest.raises(DataError):
+        train_critic(CriticTraining(output=output, data_dir=str(tmp_path / "nowhere")))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"learning_rate": float("nan")}, "learning_rate: expected > 0"),
+        ({"learning_rate": float("inf")}, "learning_rate: expected > 0"),
+        ({"num_workers": -1}, "num_workers >= 0, critic_width >= 4, got -1 and 16"),
+        ({"critic_width": 2}, "num_workers >= 0, critic_width >= 4, got 0 and 2"),
+    ],
+)
+def test_settings_that_would_fail_later(changed: dict, message: str, tmp_path: Path) -> None:
+    settings = {"resolution": 8, "enc_type": "small", "critic_width": 16, "num_workers": 0, "steps": 1, **changed}
+    with pytest.raises(ConfigError, match=message):
+        train_critic(CriticTraining(output=str(tmp_path / "critic.safetensors"), **settings))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    output = tmp_path / "file" / "critic.safetensors"
+    settings = {"resolution": 8, "enc_type": "small", "critic_width": 16, "num_workers": 0, "steps": 10**9}
+    with pytest.raises(ConfigError, match="expected a file in a folder that can be written"):
+        train_critic(CriticTraining(output=str(output), **settings))
+
+
+def test_an_encoder_of_other_images_is_not_taken_by_chance(trained: Path, tmp_path: Path) -> None:
+    encoder = trained.with_suffix(".encoder.safetensors")
+    left = tmp_path / "critic.encoder.safetensors"
+    left.write_bytes(encoder.read_bytes())
+    with pytest.raises(SystemExit, match="got an encoder of an earlier run"):
+        main(["train-critic", "--output", str(tmp_path / "critic.safetensors"), "--steps", "1", *OPTIONS])
+    chosen = ["--enc-checkpoint", str(left)]
+    main(["train-critic", "--output", str(tmp_path / "critic.safetensors"), "--steps", "1", *OPTIONS, *chosen])
+
+
+@pytest.mark.slow
+def test_repa_latents_train_a_critic(tmp_path: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    names = [f"00000/img{i:08d}" for i in range(2 * HELD_OUT_EVERY)]
+    for folder in ("images", "vae-sd"):
+        (tmp_path / "data" / folder / "00000").mkdir(parents=True)
+    for name in names:
+        pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "data" / "images" / f"{name}.png")
+        moments = np.abs(generator.normal(size=(8, 4, 4))).astype(np.float32)
+        np.save(tmp_path / "data" / "vae-sd" / f"{name}.npy", moments)
+    labels = {"labels": [[f"{name}.npy", i % 3] for i, name in enumerate(names)]}
+    (tmp_path / "data" / "vae-sd" / "dataset.json").write_text(json.dumps(labels))
+    output = tmp_path / "critic.safetensors"
+    settings = {
+        "resolution": 32,
+        "enc_type": "small",
+        "critic_width": 16,
+        "batch_size": 8,
+        "steps": 3,
+        "num_workers": 0,
+    }
+    train_critic(CriticTraining(output=str(output), data_dir=str(tmp_path / "data"), **settings))
+    critic = LatentCritic((4, 4, 4), (64,), (8, 8), width=16)
+    assert load_critic_weights(critic, output)["steps"] == 3

@@ -1,0 +1,54 @@
+"""Old module names: the same objects under both names, and one warning."""
+
+import subprocess
+import sys
+import warnings
+from importlib import import_module
+
+import pytest
+
+from vrpo_plugin._moved import MOVED
+
+
+@pytest.fixture
+def never_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    for old in MOVED:
+        monkeypatch.delitem(sys.modules, old, raising=False)
+
+
+@pytest.mark.parametrize("old", MOVED)
+@pytest.mark.usefixtures("never_imported")
+def test_an_old_name_is_the_new_module_and_warns_once(old: str) -> None:
+    new = import_module(MOVED[old])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert import_module(old) is new and import_module(old) is new
+    (warning,) = (one for one in caught if issubclass(one.category, DeprecationWarning))
+    assert str(warning.message).startswith(f"{old} is now {MOVED[old]};")
+    assert new.__name__ == new.__spec__.name == MOVED[old]
+
+
+@pytest.mark.usefixtures("never_imported")
+def test_names_are_imported_as_before_and_the_warning_points_at_the_import() -> None:
+    from vrpo_plugin.standalone import evaluate, sit
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        from vrpo_plugin.evaluation.protocol import EvalProtocol
+        from vrpo_plugin.reference import sit as old_sit
+        from vrpo_plugin.reference.sit import create_sit
+    assert EvalProtocol is evaluate.EvalProtocol and old_sit is sit and create_sit is sit.create_sit
+    assert [warning.filename for warning in caught] == [__file__] * 2
+
+
+def test_a_fresh_process_finds_an_old_name_first() -> None:
+    code = "from vrpo_plugin.evaluation.frechet import frechet_distance as f; print(f.__module__)"
+    command = [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", code]
+    assert "vrpo_plugin.evaluation.frechet is now" in subprocess.run(command, capture_output=True, text=True).stderr
+    command = [sys.executable, "-c", code]
+    assert subprocess.check_output(command, text=True).strip() == "vrpo_plugin.standalone.frechet"
+
+
+def test_a_name_that_never_was_is_not_found() -> None:
+    with pytest.raises(ModuleNotFoundError):
+        import_module("vrpo_plugin.reference.nothing")

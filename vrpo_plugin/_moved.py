@@ -1,0 +1,50 @@
+"""Old names of modules, for one release: importing one gives the module of the new name, and a warning."""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+MOVED = {
+    "vrpo_plugin.evaluation.protocol": "vrpo_plugin.standalone.evaluate",
+    "vrpo_plugin.pretrain": "vrpo_plugin.standalone.train_critic",
+    "vrpo_plugin.targets": "vrpo_plugin.standalone.targets",
+} | {
+    f"vrpo_plugin.{folder}.{name}": f"vrpo_plugin.standalone.{name}"
+    for folder, names in {
+        "evaluation": ("features", "frechet", "precision_recall", "small_network", "small_training"),
+        "reference": ("checkpoint", "data", "sampler", "sit", "sources"),
+    }.items()
+    for name in names
+}
+"""Old name to new name."""
+
+PACKAGES = {old.rpartition(".")[0] for old in MOVED} - {"vrpo_plugin"}
+
+
+class _Moved(MetaPathFinder, Loader):
+    """Asked first: an editable install of another checkout may still have a file of an old name."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in MOVED and fullname not in PACKAGES:
+            return None
+        return ModuleSpec(fullname, self, is_package=fullname in PACKAGES)
+
+    def exec_module(self, module: ModuleType) -> None:
+        new = MOVED.get(module.__name__)
+        if new is None:
+            return  # an old folder; each name in it warns by itself
+        warnings.warn(f"{module.__name__} is now {new}; the old name goes in 0.3.", DeprecationWarning, stacklevel=2)
+        # Python takes what stands here: one module under both names, so that no class exists twice.
+        sys.modules[module.__name__] = import_module(new)
+
+
+def alias_moved_modules() -> None:
+    """Lets the old names be imported, once per process."""
+    if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Moved())

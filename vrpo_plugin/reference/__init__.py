@@ -1,1 +1,0 @@
-"""Reference parts: a compact SiT, its sampler and small data sets, for examples, tests and benchmarks."""

@@ -1,0 +1,1 @@
+"""All that is needed without a host: a SiT, data, sampling, evaluation, and the training of a critic."""

@@ -1,0 +1,83 @@
+"""Target encoders by name: timm's and REPA's names, or a small network trained on the spot."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vrpo_plugin.encoders import Targets, identify, load_encoders
+from vrpo_plugin.errors import ConfigError, explain
+from vrpo_plugin.standalone.data import LATENTS_SCALE
+from vrpo_plugin.standalone.sources import Source, all_images
+
+SMALL = "small"
+SMALL_SEED = 0  # fixed, so that runs of all seeds and methods share the encoder
+SMALL_IMAGES = 20_000
+
+
+def load_targets(
+    enc_type: str,
+    source: Source,
+    *,
+    checkpoint: str | None = None,
+    cache: Path | None = None,
+    device: torch.device | str = "cpu",
+) -> Targets:
+    """Loads the encoder(s), or trains the small one on the source's images.
+
+    Args:
+        enc_type: timm's or REPA's names, comma-separated; or ``small``, a classifier of the source's labels,
+            for runs without pretrained weights.
+        source: images, for their sizes and for ``small``.
+        checkpoint: local weights, comma-separated where there are several encoders; for ``small`` a file that an
+            earlier run left.
+        cache: where ``small`` is kept, and found again by the same run.
+        device: of the encoder.
+
+    Raises:
+        ConfigError: the source's images are no squares, or the small encoder was trained on others.
+        ConfigError, WeightsNotFoundError, CheckpointError: as ``load_encoders`` and ``load_small_features``.
+    """
+    for name, shape in {"images": source.image_shape, "latents": source.latent_shape}.items():
+        if shape[-1] != shape[-2]:
+            do = "Crop the images before they are encoded."
+            raise ConfigError(explain(name, expected="squares, as the encoders see them", got=shape, do=do))
+    of_data: dict[str, Any] = {
+        "resolution": source.image_shape[-1],
+        "latent_scale": 1.0 if source.latent_shape == source.image_shape else LATENTS_SCALE,
+    }
+    if enc_type != SMALL:
+        # The grid of a patch-2 transformer: there the tokens of all encoders and of the model meet.
+        side = max(1, source.latent_shape[-1] // 2)
+        encoders = load_encoders(
+            enc_type,
+            resolution=source.image_shape[-1],
+            token_grid=(side, side),
+            checkpoints=checkpoint.split(",") if checkpoint else None,
+            device=device,
+        )
+        return Targets(encoders.dims, (side, side), encoders, lambda: identify(encoders), **of_data)
+    from vrpo_plugin.standalone.small_network import load_small_features
+    from vrpo_plugin.standalone.small_training import train_small_features
+
+    if checkpoint is not None:
+        small = load_small_features(checkpoint)
+    elif cache is not None and cache.exists():
+        small = load_small_features(cache)
+    else:
+        small = train_small_features(*all_images(source, SMALL_IMAGES), seed=SMALL_SEED)
+        if cache is not None:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            small.save(cache)
+    if (small.channels, small.resolution, small.resolution) != tuple(source.image_shape):
+        raise ConfigError(
+            explain(
+                "small encoder",
+                expected=f"one of images {tuple(source.image_shape)}",
+                got=(small.channels, small.resolution, small.resolution),
+                do="Pass the file that belongs to this data and resolution, or none.",
+            )
+        )
+    small = small.to(device)
+    name = small.name
+    return Targets((small.token_dim,), small.grid, lambda images: (small.tokens(images),), lambda: name, **of_data)
