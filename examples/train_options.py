@@ -17,7 +17,6 @@ from vrpo_plugin.standalone.targets import SMALL
 DIGITS_RECIPE = Path(__file__).parent / "recipes" / "digits.yaml"
 
 EVAL_SEED = 1  # of the evaluated samples' noise; the grids have another
-ENCODER_PREFIX = "encoder-"  # of the file in the run's folder that keeps a small encoder
 
 # What makes a run this method; everything else of the objective stays adjustable.
 METHODS: dict[str, dict[str, Any]] = {

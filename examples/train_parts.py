@@ -1,36 +1,34 @@
-"""What the example trains with: encoder, model with aligner, training step, optimizer, EMA, loader."""
+"""What the example trains with: encoder, model with aligner, training step, optimizer, loader, pictures."""
 
-import copy
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from einops import rearrange
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from train_options import ENCODER_PREFIX, TrainOptions
+from train_options import TrainOptions
 
 from vrpo_plugin import ConfigError, VRPOAligner, VRPOConfig
 from vrpo_plugin.encoders import Targets
 from vrpo_plugin.errors import explain
+from vrpo_plugin.files import write_file
 from vrpo_plugin.functional.interpolant import PathType, noisy_sample
 from vrpo_plugin.functional.tensors import finite_samples
 from vrpo_plugin.standalone.data import LATENTS_SCALE, PositionBatchSampler, TrainingSamples
-from vrpo_plugin.standalone.evaluate import EvalProtocol
+from vrpo_plugin.standalone.evaluate import EvalProtocol, EvalResult, evaluate
+from vrpo_plugin.standalone.run_folder import ENCODER_PREFIX
+from vrpo_plugin.standalone.sampler import sample
 from vrpo_plugin.standalone.sit import SiT, create_sit
-from vrpo_plugin.standalone.sources import Source
-from vrpo_plugin.standalone.targets import load_targets
+from vrpo_plugin.standalone.sources import Source, all_images
+from vrpo_plugin.standalone.targets import SMALL, load_targets
+from vrpo_plugin.standalone.training import aligner_of, parameter_groups
+
+JUDGE_SEED = 1  # fixed, and not the small encoder's: runs of all seeds and methods share one independent judge
 
 
 def use_deterministic_kernels() -> None:
@@ -138,12 +136,6 @@ def build_model(options: TrainOptions, config: VRPOConfig, source: Source, targe
     return model
 
 
-def aligner_of(model: SiT) -> VRPOAligner | None:
-    """What ``attach`` registered on the model."""
-    aligner = getattr(model, "vrpo", None)
-    return aligner if isinstance(aligner, VRPOAligner) else None
-
-
 def describe(options: TrainOptions, config: VRPOConfig, model: SiT) -> str:
     """One line that says what was built."""
     main, critic = (sum(p.numel() for p in group) / 1e6 for group in parameter_groups(model))
@@ -153,35 +145,6 @@ def describe(options: TrainOptions, config: VRPOConfig, model: SiT) -> str:
         parts.append(f"aligned block(s) {', '.join(map(str, aligner.layers))}")
         parts.append(f"critic {critic:.2f}M, rewards {', '.join(config.rewards)}" if critic else "no critic")
     return "; ".join(parts)
-
-
-def build_ema(model: SiT) -> SiT:
-    """A frozen copy of the transformer without its aligner, for sampling."""
-    ema = copy.deepcopy(model)
-    if (aligner := aligner_of(ema)) is not None:
-        aligner.detach(ema)
-    return ema.eval().requires_grad_(False)
-
-
-def ema_decay(decay: float, step: int) -> float:
-    """Decay of the average at a step: early steps count more, as they replace the initialisation."""
-    return min(decay, (1 + step) / (10 + step))
-
-
-@torch.no_grad()
-def update_ema(ema: SiT, model: SiT, decay: float | Tensor, skipped: Tensor) -> None:
-    """Moves the average towards the model.
-
-    A step that was left out (``skipped`` is 1, a 0-dim tensor) leaves the average as it is.
-    """
-    source = dict(model.named_parameters())
-    names, averages = zip(*ema.named_parameters(), strict=True)
-    # Under FSDP2 a parameter is a shard, and its average is kept whole.
-    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in (source[name] for name in names)]
-    # Not _foreach_lerp_: with a tensor as weight it is one kernel per parameter.
-    moves = torch._foreach_sub(whole, averages)
-    torch._foreach_mul_(moves, (1 - decay) * (1 - skipped))
-    torch._foreach_add_(averages, moves)
 
 
 class TrainingStep(nn.Module):
@@ -215,15 +178,6 @@ class TrainingStep(nn.Module):
         return loss, {"loss": loss.detach(), **metrics}
 
 
-def parameter_groups(model: SiT) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Trainable parameters of the transformer with its projectors, and of the critic."""
-    aligner = aligner_of(model)
-    critic = aligner.critic if aligner is not None else None
-    of_critic = {id(p) for p in critic.parameters()} if critic is not None else set()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    return [p for p in trainable if id(p) not in of_critic], [p for p in trainable if id(p) in of_critic]
-
-
 def build_optimizer(options: TrainOptions, model: SiT) -> torch.optim.AdamW:
     """AdamW as in REPA, the critic in a group of its own."""
     main, critic = parameter_groups(model)
@@ -238,30 +192,6 @@ def build_optimizer(options: TrainOptions, model: SiT) -> torch.optim.AdamW:
         eps=options.adam_epsilon,
         fused=True,  # so that a step that is not finite can be left out on the device
     )
-
-
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-def whole_states(model: SiT, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """What a checkpoint holds of the two, gathered from all shards: on the first process; the others get parts."""
-    state: dict[str, Any] = get_model_state_dict(model, options=FULL)
-    moments: Any = get_optimizer_state_dict(model, optimizer, options=FULL).get("state", {})
-    named: dict[str, Any] = {f"{name}/{k}": v for name, own in moments.items() for k, v in own.items()}
-    return {"model": state, "optimizer": named}
-
-
-def load_states(model: SiT, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Puts back what :func:`whole_states` gave, on every process, whatever the number of processes was."""
-    set_model_state_dict(model, dict(tensors["model"]), options=FULL)
-    # The settings of the parameter groups come from the options, the moments from the checkpoint. Not by FULL: it
-    # gives them to the first process alone.
-    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
-    moments: dict[str, Any] = {}
-    for key, value in tensors["optimizer"].items():
-        name, _, moment = key.rpartition("/")
-        moments.setdefault(name, {})[moment] = value
-    set_optimizer_state_dict(model, optimizer, {"state": moments, "param_groups": groups}, options=FULL)
 
 
 def build_loader(
@@ -320,3 +250,86 @@ def build_decoder(options: TrainOptions, source: Source, device: torch.device) -
         ) from error
     vae = AutoencoderKL.from_pretrained(options.vae).to(device).eval().requires_grad_(False)
     return lambda latents: vae.decode(latents / LATENTS_SCALE).sample
+
+
+class Painter:
+    """Draws samples from a model: grids during the run, and the evaluation's images at its end."""
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        config: VRPOConfig,
+        source: Source,
+        decode: Callable[[Tensor], Tensor],
+        device: torch.device,
+    ) -> None:
+        self.options, self.config, self.source, self.decode, self.device = options, config, source, decode, device
+        self._network: Any = None
+
+    def load_network(self) -> None:
+        """Reads a named evaluation network now: its file may be missing, and the run may be long."""
+        options = self.options
+        if options.eval_samples and options.eval_network != SMALL:
+            from vrpo_plugin.standalone.features import timm_features
+
+            resolution = self.source.image_shape[-1]
+            self._network = timm_features(
+                options.eval_network, resolution=resolution, checkpoint=options.eval_checkpoint
+            )
+
+    def images(self, model: SiT, count: int, seed: int, batch_size: int = 256) -> Tensor:
+        """uint8 images (count, C, H, W) of evenly spread labels, the same noise on every call."""
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn((count, *self.source.latent_shape), generator=generator)
+        labels = torch.arange(count) % max(self.source.num_classes, 1)
+        for_sde = torch.Generator(self.device).manual_seed(seed)
+        batches = zip(noise.split(batch_size), labels.split(batch_size), strict=True)
+        return torch.cat([self._batch(model, n, y, for_sde) for n, y in batches])
+
+    def _batch(self, model: SiT, noise: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        options = self.options
+        latents = sample(
+            model,
+            noise.to(self.device),
+            y.to(self.device) if self.source.num_classes else None,
+            num_steps=options.solver_steps,
+            solver=options.solver,
+            path_type=self.config.path_type,
+            guidance_scale=options.cfg_scale,
+            guidance_interval=(options.guidance_low, options.guidance_high),
+            generator=generator,
+        )
+        with torch.no_grad():
+            pixels = self.decode(latents)
+        return pixels.add(1).mul(127.5).round().clamp(0, 255).byte().cpu()
+
+    def grid(self, model: SiT, path: Path) -> None:
+        """A 10 x 10 picture; with ten classes, a column is a class."""
+        from PIL import Image
+
+        gap = max(1, self.source.image_shape[-1] // 16)
+        framed = torch.nn.functional.pad(self.images(model, 100, seed=0), (0, gap, 0, gap), value=96)
+        tiles = rearrange(framed, "(r c) k h w -> (r h) (c w) k", r=10)
+        picture = Image.fromarray(tiles.squeeze(-1).numpy() if tiles.shape[-1] == 1 else tiles.numpy())
+        scale = max(1, 640 // picture.width)
+        picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+        write_file(path, lambda file: picture.save(file, format="png"))
+
+    def evaluate(self, model: SiT) -> EvalResult:
+        """Frechet distance, precision and recall against the training images, in a network of their own."""
+        options = self.options
+        real, labels = all_images(self.source, 50_000)
+        if options.eval_network == SMALL:
+            from vrpo_plugin.standalone.small_training import train_small_features
+
+            # Another architecture, width and seed than the small encoder's: the aligned network is no judge.
+            network: Any = train_small_features(
+                real, labels, seed=JUDGE_SEED, architecture="plain", width=24, device=self.device
+            )
+        else:
+            if self._network is None:
+                self.load_network()
+            network = self._network
+            network.encoder.to(self.device)
+        protocol = options.protocol(network.name, len(real), f"training images {self.source.fingerprint()}")
+        return evaluate(network, real, self.images(model, protocol.num_samples, protocol.seed), protocol)

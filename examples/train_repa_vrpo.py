@@ -16,12 +16,11 @@ from accelerate.utils import ProjectConfiguration
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from train_options import TrainOptions, parse_options, to_dict
-from train_output import MetricBuffer, Painter, RunFolder, SkippedSteps
+from train_options import FREE_ON_RESUME, TrainOptions, parse_options, to_dict
 from train_parts import (
+    Painter,
     TrainingStep,
     build_decoder,
-    build_ema,
     build_loader,
     build_model,
     build_optimizer,
@@ -30,16 +29,20 @@ from train_parts import (
     check_launch,
     check_tools,
     describe,
+    use_deterministic_kernels,
+)
+
+from vrpo_plugin import NonFiniteGuard, VRPOConfig, VRPOError
+from vrpo_plugin.standalone.run_folder import MetricBuffer, RunFolder, SkippedSteps
+from vrpo_plugin.standalone.sources import Source, open_source
+from vrpo_plugin.standalone.training import (
+    build_ema,
     ema_decay,
     load_states,
     parameter_groups,
     update_ema,
-    use_deterministic_kernels,
     whole_states,
 )
-
-from vrpo_plugin import NonFiniteGuard, VRPOConfig, VRPOError
-from vrpo_plugin.standalone.sources import Source, open_source
 
 
 class Trainer:
@@ -56,7 +59,14 @@ class Trainer:
         device = accelerator.device
         self.source: Source = open_source(options.data_dir, options.resolution)
         check_data(options, self.source, accelerator.num_processes)
-        self.folder = RunFolder(options, config, to_dict(options, config), self.source.fingerprint())
+        self.folder = RunFolder(
+            Path(options.output_dir) / options.run_name,
+            {**to_dict(options, config), "data_fingerprint": self.source.fingerprint()},
+            free=FREE_ON_RESUME,
+            resume=options.resume,
+            resume_step=options.resume_step,
+            keep_last=options.keep_last,
+        )
         decode = build_decoder(options, self.source, device)
         accelerator.wait_for_everyone()  # every process has looked before the first one writes
         aligned = config.features == "policy" or config.reward_coeff > 0

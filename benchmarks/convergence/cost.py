@@ -11,12 +11,13 @@ import torch
 from critic_flops import count_macs
 from torch import Tensor
 from torch.utils.data import default_collate
-from train_parts import TrainingStep, aligner_of, build_model, build_optimizer
+from train_parts import TrainingStep, build_model, build_optimizer
 
 from convergence.parts import ENCODER, Benchmark, Run
 from vrpo_plugin.encoders import Targets
 from vrpo_plugin.functional.rewards import semantic_reward
 from vrpo_plugin.standalone.data import TrainingSamples
+from vrpo_plugin.standalone.training import aligner_of
 
 REPEATS, STEPS = 5, 2
 

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from train_output import Painter
-from train_parts import build_decoder, build_model
+from train_parts import Painter, build_decoder, build_model
 
 from convergence.parts import ENCODER, Benchmark, Run
 from convergence.recipe import JUDGES, read_recipe

@@ -12,21 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from train_options import TrainOptions
-from train_parts import (
-    TrainingStep,
-    aligner_of,
-    build_ema,
-    build_model,
-    build_optimizer,
-    ema_decay,
-    parameter_groups,
-    update_ema,
-)
+from train_parts import TrainingStep, build_model, build_optimizer
 
 from vrpo_plugin import ConfigError, NonFiniteGuard, VRPOConfig
 from vrpo_plugin.encoders import Targets
 from vrpo_plugin.errors import explain
 from vrpo_plugin.standalone.sources import Source
+from vrpo_plugin.standalone.training import aligner_of, build_ema, ema_decay, parameter_groups, update_ema
 
 EAGER_STEPS = 3  # before the capture: they choose algorithms and make the optimizer's state
 Encode = Callable[[Tensor], tuple[Tensor, ...]]

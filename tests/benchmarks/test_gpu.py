@@ -22,12 +22,13 @@ from gpu_stages.stage import Stage
 from gpu_stages.step import ratios
 from PIL import Image
 from train_options import parse_options
-from train_parts import TrainingStep, build_ema, build_model, build_optimizer, ema_decay, update_ema
+from train_parts import TrainingStep, build_model, build_optimizer
 
 from vrpo_plugin.encoders import Targets
 from vrpo_plugin.standalone.small_network import load_small_features
 from vrpo_plugin.standalone.small_training import train_small_features
 from vrpo_plugin.standalone.sources import ImageFolderSource, all_images, open_source
+from vrpo_plugin.standalone.training import build_ema, ema_decay, update_ema
 
 REPO = Path(__file__).resolve().parents[2]
 

@@ -7,11 +7,12 @@ import torch
 import torch.distributed as dist
 from fakes.gloo import on_two_processes
 from train_options import parse_options
-from train_parts import TrainingStep, build_ema, build_model, build_optimizer, ema_decay, parameter_groups, update_ema
+from train_parts import TrainingStep, build_model, build_optimizer
 
 from vrpo_plugin import NonFiniteGuard
 from vrpo_plugin.encoders import Targets
 from vrpo_plugin.standalone.sources import DigitsSource
+from vrpo_plugin.standalone.training import build_ema, ema_decay, parameter_groups, update_ema
 
 STEPS, BATCH = 20, 16
 BAD_STEP = 7  # a gradient of the last process's shard is not a number

@@ -8,10 +8,11 @@ import pytest
 import torch
 from fakes.gloo import on_two_processes
 from train_options import parse_options
-from train_parts import TrainingStep, build_model, build_optimizer, load_states, whole_states
+from train_parts import TrainingStep, build_model, build_optimizer
 
 from vrpo_plugin.encoders import Targets
 from vrpo_plugin.standalone.sources import DigitsSource
+from vrpo_plugin.standalone.training import load_states, whole_states
 
 ARGUMENTS = ["--reward-weights", "semantic=0.5,perceptual=0.5", "--critic-width", "16"]
 

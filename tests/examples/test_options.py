@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import DistributedType
-from train_options import METHODS, parse_options, to_dict
-from train_output import RunFolder
+from train_options import FREE_ON_RESUME, METHODS, parse_options, to_dict
 from train_parts import check_data, check_launch, check_tools
 
 from vrpo_plugin import CheckpointError, ConfigError, VRPOAligner, VRPOConfig
 from vrpo_plugin.standalone.evaluate import EvalResult
+from vrpo_plugin.standalone.run_folder import RunFolder
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -193,7 +193,8 @@ def test_unknown_option_names_the_nearest() -> None:
 
 def _folder(tmp_path: Path, *arguments: str, data: str = "digits") -> RunFolder:
     options, config = parse_options(["--output-dir", str(tmp_path), "--exp-name", "run", *arguments])
-    return RunFolder(options, config, json.loads(json.dumps(to_dict(options, config))), data)
+    settings = {**json.loads(json.dumps(to_dict(options, config))), "data_fingerprint": data}
+    return RunFolder(Path(options.output_dir) / options.run_name, settings, free=FREE_ON_RESUME, resume=options.resume)
 
 
 def test_folder_of_another_run_is_refused_and_untouched(tmp_path: Path) -> None:

@@ -1,48 +1,54 @@
-"""The run's folder: config.json, metrics.jsonl, curves.png, samples/, checkpoints/."""
+"""The files of one run: config.json, metrics.jsonl, curves.png, samples/, checkpoints/."""
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from einops import rearrange
 from torch import Tensor
-from train_options import ENCODER_PREFIX, FREE_ON_RESUME, TrainOptions
 
-import vrpo_plugin
-from vrpo_plugin import CheckpointError, ConfigError, NonFiniteError, VRPOConfig
-from vrpo_plugin.errors import explain
+from vrpo_plugin._version import __version__
+from vrpo_plugin.errors import CheckpointError, ConfigError, NonFiniteError, explain
 from vrpo_plugin.files import write_file
 from vrpo_plugin.standalone.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from vrpo_plugin.standalone.evaluate import EvalProtocol, EvalResult, evaluate
-from vrpo_plugin.standalone.sampler import sample
-from vrpo_plugin.standalone.sit import SiT
-from vrpo_plugin.standalone.sources import Source, all_images
-from vrpo_plugin.standalone.targets import SMALL
+from vrpo_plugin.standalone.evaluate import EvalProtocol, EvalResult
 
-JUDGE_SEED = 1  # fixed, and not the small encoder's: runs of all seeds and methods share one independent judge
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+ENCODER_PREFIX = "encoder-"  # of the file in the run's folder that keeps a small encoder
 
 
 class RunFolder:
     """Owns the files of one run; refuses another run's folder before anything is written.
 
     Args:
-        options: resolved options.
-        config: resolved objective.
-        data: fingerprint of the data.
+        path: of the folder.
+        settings: of the run, as config.json holds them.
+        free: names of settings that may differ when the run is resumed.
+        resume: go on with a run that is there.
+        resume_step: from this checkpoint, in place of the newest.
+        keep_last: checkpoints that are kept; None keeps all.
 
     Raises:
         ConfigError: the folder holds a run and ``--resume`` is not given, or the run had other settings.
     """
 
-    def __init__(self, options: TrainOptions, config: VRPOConfig, settings: dict[str, Any], data: str) -> None:
-        self.options, self.config = options, config
-        self.path = Path(options.output_dir) / options.run_name
-        self.settings = {**settings, "data_fingerprint": data}
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        *,
+        free: Collection[str] = (),
+        resume: bool = False,
+        resume_step: int | None = None,
+        keep_last: int | None = None,
+    ) -> None:
+        self.path, self.settings, self.free = path, dict(settings), free
+        self.resume, self.resume_step, self.keep_last = resume, resume_step, keep_last
         self._check_owner()
 
     def _check_owner(self) -> None:
@@ -50,7 +56,7 @@ class RunFolder:
         found = self.path.iterdir() if self.path.exists() else ()
         if all(entry.name.startswith(ENCODER_PREFIX) for entry in found):
             return
-        if not self.options.resume or not recorded.exists():
+        if not self.resume or not recorded.exists():
             raise ConfigError(
                 explain(
                     str(self.path),
@@ -63,7 +69,7 @@ class RunFolder:
         unlike = [
             f"{key}: {former.get(key)!r} then, {value!r} now"
             for key, value in self.settings.items()
-            if key not in FREE_ON_RESUME and former.get(key) != value
+            if key not in self.free and former.get(key) != value
         ]
         if unlike:
             raise ConfigError(
@@ -80,7 +86,7 @@ class RunFolder:
         (self.path / "samples").mkdir(parents=True, exist_ok=True)
         record = {
             "settings": self.settings,
-            "versions": {"vrpo_plugin": vrpo_plugin.__version__, "torch": torch.__version__},
+            "versions": {"vrpo_plugin": __version__, "torch": torch.__version__},
         }
         write_file(self.path / "config.json", json.dumps(record, indent=2) + "\n")
 
@@ -91,8 +97,8 @@ class RunFolder:
             CheckpointError: it is damaged, or ``--resume-step`` names one that is not there. Another one is taken only
                 if it is asked for.
         """
-        root, step = self.path / "checkpoints", self.options.resume_step
-        found = root / f"{step:07d}" if step is not None else latest_checkpoint(root) if self.options.resume else None
+        root, step = self.path / "checkpoints", self.resume_step
+        found = root / f"{step:07d}" if step is not None else latest_checkpoint(root) if self.resume else None
         return None if found is None else load_checkpoint(found)
 
     def cut_metrics(self, step: int) -> None:
@@ -113,7 +119,7 @@ class RunFolder:
 
     def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
         """Writes a checkpoint."""
-        return save_checkpoint(self.path / "checkpoints", step, tensors, state, keep_last=self.options.keep_last)
+        return save_checkpoint(self.path / "checkpoints", step, tensors, state, keep_last=self.keep_last)
 
     def write_evaluation(self, result: EvalResult) -> Path:
         """Writes evaluation.json, or where that is of another protocol, a file named after this one."""
@@ -162,7 +168,7 @@ def _has_protocol(path: Path, protocol: EvalProtocol) -> bool:
 class MetricBuffer:
     """Keeps every step's metrics on the device and brings them to the host in one transfer per flush."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: "Accelerator") -> None:
         self.accelerator = accelerator
         self.rows: list[tuple[int, float, Tensor]] = []
         self.names: tuple[str, ...] = ()
@@ -218,86 +224,3 @@ class SkippedSteps:
                         do="Weights and moments are those before that step: look at what is named there.",
                     )
                 )
-
-
-class Painter:
-    """Draws samples from a model: grids during the run, and the evaluation's images at its end."""
-
-    def __init__(
-        self,
-        options: TrainOptions,
-        config: VRPOConfig,
-        source: Source,
-        decode: Callable[[Tensor], Tensor],
-        device: torch.device,
-    ) -> None:
-        self.options, self.config, self.source, self.decode, self.device = options, config, source, decode, device
-        self._network: Any = None
-
-    def load_network(self) -> None:
-        """Reads a named evaluation network now: its file may be missing, and the run may be long."""
-        options = self.options
-        if options.eval_samples and options.eval_network != SMALL:
-            from vrpo_plugin.standalone.features import timm_features
-
-            resolution = self.source.image_shape[-1]
-            self._network = timm_features(
-                options.eval_network, resolution=resolution, checkpoint=options.eval_checkpoint
-            )
-
-    def images(self, model: SiT, count: int, seed: int, batch_size: int = 256) -> Tensor:
-        """uint8 images (count, C, H, W) of evenly spread labels, the same noise on every call."""
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn((count, *self.source.latent_shape), generator=generator)
-        labels = torch.arange(count) % max(self.source.num_classes, 1)
-        for_sde = torch.Generator(self.device).manual_seed(seed)
-        batches = zip(noise.split(batch_size), labels.split(batch_size), strict=True)
-        return torch.cat([self._batch(model, n, y, for_sde) for n, y in batches])
-
-    def _batch(self, model: SiT, noise: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        options = self.options
-        latents = sample(
-            model,
-            noise.to(self.device),
-            y.to(self.device) if self.source.num_classes else None,
-            num_steps=options.solver_steps,
-            solver=options.solver,
-            path_type=self.config.path_type,
-            guidance_scale=options.cfg_scale,
-            guidance_interval=(options.guidance_low, options.guidance_high),
-            generator=generator,
-        )
-        with torch.no_grad():
-            pixels = self.decode(latents)
-        return pixels.add(1).mul(127.5).round().clamp(0, 255).byte().cpu()
-
-    def grid(self, model: SiT, path: Path) -> None:
-        """A 10 x 10 picture; with ten classes, a column is a class."""
-        from PIL import Image
-
-        gap = max(1, self.source.image_shape[-1] // 16)
-        framed = torch.nn.functional.pad(self.images(model, 100, seed=0), (0, gap, 0, gap), value=96)
-        tiles = rearrange(framed, "(r c) k h w -> (r h) (c w) k", r=10)
-        picture = Image.fromarray(tiles.squeeze(-1).numpy() if tiles.shape[-1] == 1 else tiles.numpy())
-        scale = max(1, 640 // picture.width)
-        picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-        write_file(path, lambda file: picture.save(file, format="png"))
-
-    def evaluate(self, model: SiT) -> EvalResult:
-        """Frechet distance, precision and recall against the training images, in a network of their own."""
-        options = self.options
-        real, labels = all_images(self.source, 50_000)
-        if options.eval_network == SMALL:
-            from vrpo_plugin.standalone.small_training import train_small_features
-
-            # Another architecture, width and seed than the small encoder's: the aligned network is no judge.
-            network: Any = train_small_features(
-                real, labels, seed=JUDGE_SEED, architecture="plain", width=24, device=self.device
-            )
-        else:
-            if self._network is None:
-                self.load_network()
-            network = self._network
-            network.encoder.to(self.device)
-        protocol = options.protocol(network.name, len(real), f"training images {self.source.fingerprint()}")
-        return evaluate(network, real, self.images(model, protocol.num_samples, protocol.seed), protocol)
