@@ -89,6 +89,7 @@ def test_leaves_the_process_alone(imported: list[dict[str, Any]]) -> None:
     assert imported[0]["drew"] == imported[0]["sockets"] == imported[0]["processes"] == []
 
 
+@pytest.mark.slow
 def test_the_probe_sees_what_it_looks_for(tmp_path: Path) -> None:
     (tmp_path / "noisy.py").write_text(NOISY, "utf-8")
     seen = probe("noisy", tmp_path)

@@ -64,6 +64,7 @@ def growth(steps: int, **settings: Any) -> tuple[int, float]:
     return tensors_alive() - alive, resident() / memory - 1
 
 
+@pytest.mark.slow
 def test_a_step_leaves_nothing_alive() -> None:
     tensors, memory = growth(300, **SETTINGS["own rewards"])
     assert tensors == 0 and memory < 0.01
@@ -84,11 +85,13 @@ def leaking(kept: list[Any], keep: Callable[[RewardState], Any]) -> Callable[[Re
     return reward
 
 
+@pytest.mark.slow
 def test_it_sees_a_reward_that_keeps_its_state() -> None:
     tensors, _ = growth(60, rewards={"mine": leaking([], lambda state: state)})
     assert tensors >= 10 * 5  # x0_hat, x0, x_t, t and z of the last ten steps
 
 
+@pytest.mark.slow
 def test_it_sees_memory_that_no_tensor_holds() -> None:
     # 160 MiB, more than a hundredth of what any test session holds.
     _, memory = growth(60, rewards={"mine": leaking([], lambda state: bytearray(os.urandom(2**24)))})

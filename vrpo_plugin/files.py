@@ -89,7 +89,7 @@ def _take_place(
     # In the same folder, hence the same file system: os.replace is atomic there alone.
     partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
     try:
-        with open(partial, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             if callable(content):
                 content(file)
             else:

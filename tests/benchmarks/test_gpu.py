@@ -71,6 +71,7 @@ def test_every_stage_runs_at_toy_size_on_the_cpu(tmp_path: Path) -> None:
     assert all([p["step"] for p in run["points"]] == [3, 6, 6] and run["skipped_steps"] == 0 for run in runs)
 
 
+@pytest.mark.slow
 def test_a_toy_is_no_result(tmp_path: Path) -> None:
     (tmp_path / "gpu_sync.json").write_text(json.dumps(dict.fromkeys("abcdefghij") | {"toy": True}), encoding="utf-8")
     result = gpu("--report", tmp_path)
@@ -180,6 +181,7 @@ def test_an_epoch_holds_every_image_once(encoder: Targets, tmp_path: Path) -> No
     assert sorted(drawn[:20]) == sorted(drawn[20:]) == list(range(20)) and drawn[:20] != drawn[20:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["vrpo", "repa", "none"])
 def test_a_run_trains_as_the_example_does(encoder: Targets, tmp_path: Path, method: str) -> None:
     shared, run = shared_and_run(encoder, tmp_path, "--method", method)
@@ -210,6 +212,7 @@ def test_a_run_trains_as_the_example_does(encoder: Targets, tmp_path: Path, meth
     run.check()
 
 
+@pytest.mark.slow
 def test_compiled_runs_move_the_same_buffers(encoder: Targets, tmp_path: Path) -> None:
     results = []
     for compiled in (False, True):
@@ -223,6 +226,7 @@ def test_compiled_runs_move_the_same_buffers(encoder: Targets, tmp_path: Path) -
     assert_equal(*results, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_its_state(encoder: Targets, tmp_path: Path) -> None:
     shared, whole = shared_and_run(encoder, tmp_path)
     for step in range(6):

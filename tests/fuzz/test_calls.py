@@ -21,6 +21,7 @@ def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     monkeypatch.setattr(fuzz.calls, "PROPERTIES", {name: PROPERTIES[name] for name in names})
 
 
+@pytest.mark.slow
 def test_a_few_calls_of_everything(tmp_path: Path) -> None:
     part = calls(tmp_path, 250, seed=0)
     assert not part.failures
@@ -52,6 +53,7 @@ def test_it_finds_a_dead_group_with_an_advantage(tmp_path: Path, monkeypatch: py
     assert part.failures[0].startswith("advantages: AssertionError") and "case=" in part.failures[0]
 
 
+@pytest.mark.slow
 def test_it_finds_one_in_the_aligner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch, "aligner steps")
     right = GenerationReadout._levels
@@ -65,6 +67,7 @@ def test_it_finds_one_in_the_aligner(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "advantage" in failure and "case=Case(" in failure
 
 
+@pytest.mark.slow
 def test_it_finds_an_error_that_is_not_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch, "wrong calls")
     monkeypatch.setattr(vrpo_plugin.modules.checks, "check_latents", lambda *args, **given: None)
@@ -72,6 +75,7 @@ def test_it_finds_an_error_that_is_not_typed(tmp_path: Path, monkeypatch: pytest
     assert "case=(Case(" in failure
 
 
+@pytest.mark.slow
 def test_it_finds_what_is_left_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch, "memories")
     monkeypatch.setattr(fuzz.calls, "CHUNK", 20)

@@ -213,7 +213,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module.module.", "module._orig_mod."])
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=" ".join)
 def test_parameters_are_told_from_buffers_by_name(settings: dict[str, Any], prefix: str) -> None:
     model = NormedSiT()
     HostAligner(**{**TINY, **settings}).attach(model)

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from hosts.host_runs import HOSTS, HostRun, checkout, differences, edited_checkout, run_host
 
+pytestmark = pytest.mark.slow  # of slow tests alone: it runs whole processes
+
 SCRIPT = """
 import sys
 import torch

@@ -94,6 +94,7 @@ def test_it_trains_and_logs_rewards_and_puts_back_what_it_replaced(folder: Path)
     assert not hasattr(net.Net(), "vrpo")
 
 
+@pytest.mark.slow
 def test_every_metric_is_one_of_the_page(folder: Path) -> None:
     row = run_training(folder)["history"][-1]
     named = set(re.findall(r"`(vrpo/[\w/<>]+)`", PAGE))
@@ -154,6 +155,7 @@ def test_features_host_is_an_error_without_an_alignment_loss(folder: Path) -> No
     assert not active_handles()
 
 
+@pytest.mark.slow
 def test_as_a_script(folder: Path) -> None:
     environment = {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
     shown = subprocess.run([sys.executable, "train.py"], capture_output=True, text=True, env=environment, cwd=folder)

@@ -94,7 +94,7 @@ def train(model: TinySiT, aligner: Any, updates: int) -> Any:
     return out
 
 
-@pytest.mark.parametrize("fallback", [True, False])
+@pytest.mark.parametrize("fallback", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_after_a_collapse_only_the_static_alignment_is_left(fallback: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(levels, "HORIZON", 64)
     model = TinySiT()

@@ -14,6 +14,7 @@ def images():
     return all_images(DigitsSource(8))[0]
 
 
+@pytest.mark.slow
 def test_rotations_are_told_apart(images):
     network = train_rotation_features(images, seed=0, width=16, steps=150)
     assert network.accuracy > 0.7  # chance: 0.25
@@ -28,6 +29,7 @@ def test_noise_is_taken_away(images):
     assert network(images[:4]).shape == (4, 32)
 
 
+@pytest.mark.slow
 def test_noise_that_no_neighbour_tells_from_the_pixels_stays():
     images = torch.randint(0, 256, (2000, 1, 8, 8), dtype=torch.uint8)
     network = train_denoising_features(images, seed=0, width=16, steps=150)
