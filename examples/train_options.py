@@ -9,7 +9,6 @@ from typing import Any, Literal, get_type_hints
 
 from vrpo_plugin import ConfigError, VRPOConfig
 from vrpo_plugin.config import check_keys
-from vrpo_plugin.errors import explain
 from vrpo_plugin.settings import add_flags, check_kinds, convert, read_mapping
 from vrpo_plugin.standalone.evaluate import EvalProtocol
 from vrpo_plugin.standalone.targets import SMALL
@@ -113,25 +112,23 @@ class TrainOptions:
         if not 0 <= self.guidance_low <= self.guidance_high <= 1:
             got = f"{self.guidance_low} and {self.guidance_high}"
             expected = "0 <= guidance_low <= guidance_high <= 1"
-            raise ConfigError(explain("guidance_low, guidance_high", expected=expected, got=got, do="Correct them."))
+            raise ConfigError("guidance_low, guidance_high", expected=expected, got=got, do="Correct them.")
         if self.cfg_scale > 1 and self.cfg_prob == 0:
             do = "Take --cfg-scale 1, or train some samples without label."
-            raise ConfigError(explain("cfg_prob", expected=f"> 0 with cfg_scale={self.cfg_scale}", got=0, do=do))
+            raise ConfigError("cfg_prob", expected=f"> 0 with cfg_scale={self.cfg_scale}", got=0, do=do)
         neighbours = EvalProtocol.k
         self._check("eval_samples", lambda value: value == 0 or value > neighbours, f"0, or more than {neighbours}")
         if self.eval_checkpoint is not None and self.eval_network == SMALL:
             do = "Name the network that the file belongs to as --eval-network."
-            raise ConfigError(
-                explain("eval_checkpoint", expected=f"None with {SMALL}", got=self.eval_checkpoint, do=do)
-            )
+            raise ConfigError("eval_checkpoint", expected=f"None with {SMALL}", got=self.eval_checkpoint, do=do)
         if self.resume_step is not None and (self.resume_step < 1 or not self.resume):
             got = f"{self.resume_step} {'with' if self.resume else 'without'} --resume"
-            raise ConfigError(explain("resume_step", expected=">= 1, with --resume", got=got, do="Correct it."))
+            raise ConfigError("resume_step", expected=">= 1, with --resume", got=got, do="Correct it.")
 
     def _check(self, name: str, holds: Callable[[Any], bool], expected: str) -> None:
         value = getattr(self, name)
         if value is not None and not holds(value):
-            raise ConfigError(explain(name, expected=expected, got=value, do="Correct it."))
+            raise ConfigError(name, expected=expected, got=value, do="Correct it.")
 
     def protocol(self, feature_network: str, num_reference: int, reference: str = "") -> EvalProtocol:
         """What the evaluation at the end of the run will have done."""
@@ -193,7 +190,7 @@ def parse_options(argv: Sequence[str] | None = None) -> tuple[TrainOptions, VRPO
     values = read_recipe(recipe) if recipe else {}
     method = given.get("method", values.get("method", TrainOptions.method))
     if method not in METHODS:
-        raise ConfigError(explain("method", expected=f"one of {tuple(METHODS)}", got=method, do="Choose one."))
+        raise ConfigError("method", expected=f"one of {tuple(METHODS)}", got=method, do="Choose one.")
     # A method on the command line is what a recipe of another one becomes; beside it, nothing may contradict it.
     _check_method(method, given if "method" in given else {**values, **given})
     values = {**METHOD_DEFAULTS.get(method, {}), **values, **METHODS[method], **given}
@@ -202,13 +199,13 @@ def parse_options(argv: Sequence[str] | None = None) -> tuple[TrainOptions, VRPO
     config = VRPOConfig(**{k: v for k, v in values.items() if k not in own}).for_run(options.max_train_steps)
     if method == "vrpo" and config.reward_coeff == 0:
         do = "Take --method repa, irepa or none for a run without rewards."
-        raise ConfigError(explain("reward_coeff", expected="> 0 with method vrpo", got=config.reward_coeff, do=do))
+        raise ConfigError("reward_coeff", expected="> 0 with method vrpo", got=config.reward_coeff, do=do)
     if options.encoder_depth is not None and config.layers != "early":
         do = "Leave one of the two out."
-        raise ConfigError(explain("layers", expected="early with encoder_depth", got=repr(config.layers), do=do))
+        raise ConfigError("layers", expected="early with encoder_depth", got=repr(config.layers), do=do)
     if config.features == "host":
         do = "That setting is for loops that bring a loss of their own."
-        raise ConfigError(explain("features", expected="not 'host' in this trainer", got="'host'", do=do))
+        raise ConfigError("features", expected="not 'host' in this trainer", got="'host'", do=do)
     return options, config
 
 
@@ -216,7 +213,7 @@ def _check_method(method: str, given: Mapping[str, Any]) -> None:
     for name, value in METHODS[method].items():
         if given.get(name, value) != value:
             do = "Leave it out, or take --method vrpo."
-            raise ConfigError(explain(name, expected=f"{value!r} with method {method}", got=repr(given[name]), do=do))
+            raise ConfigError(name, expected=f"{value!r} with method {method}", got=repr(given[name]), do=do)
 
 
 def _mixed_precision(option: Any) -> Any:
@@ -226,7 +223,7 @@ def _mixed_precision(option: Any) -> Any:
         return launched if option is None else option
     do = "Say it in one of the two places."
     expected = f"{launched}, as accelerate launch says"
-    raise ConfigError(explain("mixed_precision", expected=expected, got=repr(option), do=do))
+    raise ConfigError("mixed_precision", expected=expected, got=repr(option), do=do)
 
 
 def read_recipe(path: str) -> dict[str, Any]:

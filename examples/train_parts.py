@@ -15,7 +15,6 @@ from train_options import TrainOptions
 
 from vrpo_plugin import ConfigError, VRPOAligner, VRPOConfig
 from vrpo_plugin.encoders import Targets
-from vrpo_plugin.errors import explain
 from vrpo_plugin.files import write_file
 from vrpo_plugin.functional.interpolant import PathType, noisy_sample
 from vrpo_plugin.functional.tensors import finite_samples
@@ -47,19 +46,17 @@ def check_launch(accelerator: Accelerator) -> None:
     if (steps := getattr(accelerator, "gradient_accumulation_steps", 1)) != 1:
         # Accelerate would divide the loss by it a second time.
         do = "Give --gradient-accumulation-steps to this script instead."
-        raise ConfigError(explain("accelerate launch: gradient_accumulation_steps", expected=1, got=steps, do=do))
+        raise ConfigError("accelerate launch: gradient_accumulation_steps", expected=1, got=steps, do=do)
     kind = accelerator.distributed_type
     # By name, for the enumeration differs from version to version of accelerate.
     if kind.value in ("DEEPSPEED", "MEGATRON_LM") or (
         kind.value == "FSDP" and not getattr(accelerator, "is_fsdp2", False)
     ):
         raise ConfigError(
-            explain(
-                "accelerate launch",
-                expected="one process, DDP, or FSDP with fsdp_version: 2",
-                got=kind.value,
-                do="Choose another distributed_type in the accelerate configuration.",
-            )
+            "accelerate launch",
+            expected="one process, DDP, or FSDP with fsdp_version: 2",
+            got=kind.value,
+            do="Choose another distributed_type in the accelerate configuration.",
         )
 
 
@@ -76,12 +73,12 @@ def check_tools(options: TrainOptions) -> None:
         known = options.report_to in map(str, LOGGER_TYPE_TO_CLASS)
         do = f"pip install {options.report_to}." if known else "Correct it."
         expected = f"none, or a tracker that is installed ({', '.join(trackers) or 'none is'})"
-        raise ConfigError(explain("report_to", expected=expected, got=repr(options.report_to), do=do))
+        raise ConfigError("report_to", expected=expected, got=repr(options.report_to), do=do)
     needed = {"matplotlib": options.sampling_steps, "PIL": options.sampling_steps, "scipy": options.eval_samples}
     missing = [name for name, used in needed.items() if used and importlib.util.find_spec(name) is None]
     if missing:
         do = "pip install 'vrpo-plugin[examples]', or --sampling-steps 0 --eval-samples 0."
-        raise ConfigError(explain("grids and evaluation", expected="their packages", got=f"no {missing}", do=do))
+        raise ConfigError("grids and evaluation", expected="their packages", got=f"no {missing}", do=do)
 
 
 def check_data(options: TrainOptions, source: Source, processes: int) -> None:
@@ -94,13 +91,13 @@ def check_data(options: TrainOptions, source: Source, processes: int) -> None:
     cached = source.latent_shape != source.image_shape
     if cached and options.flip_prob:
         do = "Encode flipped images too, as REPA does, and leave --flip-prob out."
-        raise ConfigError(explain("flip_prob", expected="0 with cached latents", got=options.flip_prob, do=do))
+        raise ConfigError("flip_prob", expected="0 with cached latents", got=options.flip_prob, do=do)
     for shape in (source.image_shape, source.latent_shape):
         if shape[-1] != shape[-2]:
-            raise ConfigError(explain("data", expected="square images", got=shape, do="Crop them beforehand."))
+            raise ConfigError("data", expected="square images", got=shape, do="Crop them beforehand.")
     if options.eval_samples and len(source) <= EvalProtocol.k:
         do = "Add images, or take --eval-samples 0."
-        raise ConfigError(explain("data", expected=f"more than {EvalProtocol.k} images", got=len(source), do=do))
+        raise ConfigError("data", expected=f"more than {EvalProtocol.k} images", got=len(source), do=do)
 
 
 def build_targets(options: TrainOptions, source: Source, folder: Path, accelerator: Accelerator) -> Targets:
@@ -234,19 +231,17 @@ def build_decoder(options: TrainOptions, source: Source, device: torch.device) -
     if options.vae is None:
         if options.sampling_steps or options.eval_samples:
             raise ConfigError(
-                explain(
-                    "vae",
-                    expected="a diffusers folder or name, to decode latents for grids and evaluation",
-                    got=None,
-                    do="Pass --vae (stabilityai/sd-vae-ft-mse or a folder), or --sampling-steps 0 --eval-samples 0.",
-                )
+                "vae",
+                expected="a diffusers folder or name, to decode latents for grids and evaluation",
+                got=None,
+                do="Pass --vae (stabilityai/sd-vae-ft-mse or a folder), or --sampling-steps 0 --eval-samples 0.",
             )
         return None
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise ConfigError(
-            explain("vae", expected="diffusers installed", got=error, do="pip install 'vrpo-plugin[repa]'.")
+            "vae", expected="diffusers installed", got=error, do="pip install 'vrpo-plugin[repa]'."
         ) from error
     vae = AutoencoderKL.from_pretrained(options.vae).to(device).eval().requires_grad_(False)
     return lambda latents: vae.decode(latents / LATENTS_SCALE).sample

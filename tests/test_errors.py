@@ -6,26 +6,30 @@ import pytest
 
 import vrpo_plugin
 from vrpo_plugin import errors
-from vrpo_plugin.errors import VRPOError, explain
+from vrpo_plugin.errors import ConfigError, VRPOError
 
-CLASSES = [value for value in vars(errors).values() if isinstance(value, type)]
+CLASSES = [value for value in vars(errors).values() if isinstance(value, type) and value.__module__ == errors.__name__]
+
+
+PARTS = {"expected", "got", "do"}
 
 
 def bare_messages(source: str) -> list[int]:
-    """Lines that build an error of this package from anything but ``explain``."""
+    """Lines that build an error of this package from anything but a subject and the three parts."""
     names = {cls.__name__ for cls in CLASSES}
     lines = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names:
-            argument = node.args[0] if len(node.args) == 1 else None
-            if not (isinstance(argument, ast.Call) and ast.unparse(argument.func) == "explain"):
+            if len(node.args) != 1 or {keyword.arg for keyword in node.keywords} != PARTS:
                 lines.append(node.lineno)
     return lines
 
 
 def test_message_has_three_parts() -> None:
-    message = explain("rewards", expected="(..., G=4)", got=(8, 3), do="Pass one reward per action.")
-    assert message == "rewards: expected (..., G=4), got (8, 3). Pass one reward per action."
+    error = ConfigError("rewards", expected="(..., G=4)", got=(8, 3), do="Pass one reward per action.")
+    assert str(error) == "rewards: expected (..., G=4), got (8, 3). Pass one reward per action."
+    with pytest.raises(TypeError):
+        ConfigError("rewards", expected="another")
 
 
 def test_every_message_of_the_package_has_three_parts() -> None:
@@ -35,7 +39,8 @@ def test_every_message_of_the_package_has_three_parts() -> None:
 
 
 def test_a_bare_message_is_found() -> None:
-    assert bare_messages('raise ConfigError("no")\nraise ConfigError(explain(x))\nraise ShapeError()') == [1, 3]
+    right = "raise ConfigError('a', expected=1, got=2, do='b')"
+    assert bare_messages(f'raise ConfigError("no")\n{right}\nraise ShapeError()') == [1, 3]
 
 
 def test_errors_are_also_what_their_callers_catch() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from vrpo_plugin.errors import ConfigError, explain
+from vrpo_plugin.errors import ConfigError
 
 BUILTIN_REWARDS = ("semantic", "perceptual", "fidelity")
 
@@ -27,7 +27,7 @@ def check_keys(keys: Iterable[str], known: Iterable[str], *, subject: str) -> No
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"Did you mean {near[0]!r}?" if near else "Remove it."
-            raise ConfigError(explain(f"{subject} key", expected=f"one of {', '.join(known)}", got=repr(key), do=hint))
+            raise ConfigError(f"{subject} key", expected=f"one of {', '.join(known)}", got=repr(key), do=hint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,4 +288,4 @@ def _sorted_shares(shares: Any) -> tuple[tuple[str, float], ...]:
 
 
 def _fail(name: str, expected: str, got: object, do: str = "Correct it.") -> NoReturn:
-    raise ConfigError(explain(name, expected=expected, got=repr(got), do=do))
+    raise ConfigError(name, expected=expected, got=repr(got), do=do)

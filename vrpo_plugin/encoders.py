@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from vrpo_plugin.errors import CheckpointError, ConfigError, ShapeError, WeightsNotFoundError, explain
+from vrpo_plugin.errors import CheckpointError, ConfigError, ShapeError, WeightsNotFoundError
 from vrpo_plugin.functional.tensors import require_pixels, resample_tokens
 from vrpo_plugin.modules.critic import CriticPurpose
 
@@ -247,12 +247,10 @@ def load_encoder(
 
     if resolution < 1 or (token_grid is not None and min(token_grid) < 1):
         raise ConfigError(
-            explain(
-                "load_encoder",
-                expected="resolution >= 1 and token_grid of two positive numbers, or None",
-                got=f"resolution={resolution}, token_grid={token_grid}",
-                do="Pass the side of the training images in pixels and the (h, w) of the tokens.",
-            )
+            "load_encoder",
+            expected="resolution >= 1 and token_grid of two positive numbers, or None",
+            got=f"resolution={resolution}, token_grid={token_grid}",
+            do="Pass the side of the training images in pixels and the (h, w) of the tokens.",
         )
     timm_name = _resolve_name(name)
     # timm draws random weights before it loads any; the training run's generator must not notice.
@@ -294,12 +292,10 @@ def load_encoders(
     files = [None] * len(names) if checkpoints is None else list(checkpoints)
     if not names or isinstance(checkpoints, str) or len(files) != len(names):
         raise ConfigError(
-            explain(
-                "load_encoders",
-                expected="at least one encoder, and one checkpoint (or None) for each",
-                got=f"names={names}, checkpoints={checkpoints!r}",
-                do="Pass sequences of equal length, or no checkpoints at all.",
-            )
+            "load_encoders",
+            expected="at least one encoder, and one checkpoint (or None) for each",
+            got=f"names={names}, checkpoints={checkpoints!r}",
+            do="Pass sequences of equal length, or no checkpoints at all.",
         )
     load = partial(
         load_encoder,
@@ -320,12 +316,10 @@ def _resolve_name(name: str) -> str:
     if timm_name not in known:
         nearest = difflib.get_close_matches(name, sorted(known | REPA_ENCODERS.keys()), n=4, cutoff=0.5)
         raise ConfigError(
-            explain(
-                "encoder",
-                expected="a model of the installed timm" + (f", such as {', '.join(nearest)}" if nearest else ""),
-                got=repr(name),
-                do=f"timm.list_models(pretrained=True) lists all; timm {timm.__version__} is installed.",
-            )
+            "encoder",
+            expected="a model of the installed timm" + (f", such as {', '.join(nearest)}" if nearest else ""),
+            got=repr(name),
+            do=f"timm.list_models(pretrained=True) lists all; timm {timm.__version__} is installed.",
         )
     return timm_name
 
@@ -343,13 +337,11 @@ def _create_pretrained(name: str, timm_name: str) -> Any:
         reason = str(error).strip().split("\n")[0]
         file = (config and config.hf_hub_filename) or "model.safetensors"
         raise WeightsNotFoundError(
-            explain(
-                f"encoder {name!r}",
-                expected=f"its weights: {file} of {source or timm_name} on the Hugging Face hub",
-                got=f"neither in the local cache nor downloadable ({type(error).__name__}: {reason})",
-                do="Fetch that file where there is a network, put it on any local path, and pass "
-                f"checkpoint=/path/to/{file} (--enc-checkpoint). {_RANDOM}.",
-            )
+            f"encoder {name!r}",
+            expected=f"its weights: {file} of {source or timm_name} on the Hugging Face hub",
+            got=f"neither in the local cache nor downloadable ({type(error).__name__}: {reason})",
+            do="Fetch that file where there is a network, put it on any local path, and pass "
+            f"checkpoint=/path/to/{file} (--enc-checkpoint). {_RANDOM}.",
         ) from error
 
 
@@ -358,12 +350,10 @@ def _load_checkpoint(model: Any, name: str, path: Path) -> None:
 
     if not path.is_file():
         raise WeightsNotFoundError(
-            explain(
-                f"checkpoint of encoder {name!r}",
-                expected="a .safetensors, .pt or .pth file",
-                got=f"no file at {path}",
-                do=f"Correct checkpoint= (--enc-checkpoint). {_RANDOM}.",
-            )
+            f"checkpoint of encoder {name!r}",
+            expected="a .safetensors, .pt or .pth file",
+            got=f"no file at {path}",
+            do=f"Correct checkpoint= (--enc-checkpoint). {_RANDOM}.",
         )
     # Where authors publish another layout than timm's, timm's model file has the translation.
     translate = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
@@ -382,12 +372,10 @@ def _load_checkpoint(model: Any, name: str, path: Path) -> None:
 
 def _does_not_fit(name: str, path: Path, got: str) -> CheckpointError:
     return CheckpointError(
-        explain(
-            f"{path}",
-            expected=f"the weights of {name!r}",
-            got=got,
-            do="Name the encoder that the file belongs to, or fetch the file again.",
-        )
+        f"{path}",
+        expected=f"the weights of {name!r}",
+        got=got,
+        do="Name the encoder that the file belongs to, or fetch the file again.",
     )
 
 
@@ -398,12 +386,10 @@ def _some(what: str, keys: Sequence[str], most: int = 4) -> str:
 
 def _unsupported(name: str, got: str) -> ConfigError:
     return ConfigError(
-        explain(
-            f"encoder {name!r}",
-            expected="a square grid of tokens, or a feature map",
-            got=got,
-            do="Choose a vision transformer or a convolutional network of timm.",
-        )
+        f"encoder {name!r}",
+        expected="a square grid of tokens, or a feature map",
+        got=got,
+        do="Choose a vision transformer or a convolutional network of timm.",
     )
 
 
@@ -427,10 +413,8 @@ def _check_images(images: Tensor) -> None:
     square = images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[2] == images.shape[3]
     if not square or not (images.dtype == torch.uint8 or images.is_floating_point()):
         raise ShapeError(
-            explain(
-                "images",
-                expected="(B, 3, H, H) or (B, 1, H, H), uint8 in [0, 255] or floating in [-1, 1]",
-                got=f"{tuple(images.shape)}, {images.dtype}",
-                do="Pass the images that the latents were made from, not the latents.",
-            )
+            "images",
+            expected="(B, 3, H, H) or (B, 1, H, H), uint8 in [0, 255] or floating in [-1, 1]",
+            got=f"{tuple(images.shape)}, {images.dtype}",
+            do="Pass the images that the latents were made from, not the latents.",
         )

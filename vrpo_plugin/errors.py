@@ -1,8 +1,18 @@
 """Exceptions. Every message has three parts: what was expected, what was got, what to do."""
 
+from typing import Any
+
 
 class VRPOError(Exception):
-    """Base class of every error this package raises on purpose."""
+    """Base class of every error this package raises on purpose.
+
+    Args:
+        subject: what is wrong, by the name that the user gave it; or the whole message, with nothing else.
+        expected, got, do: the message's three parts: ``subject: expected ..., got .... Do this.``
+    """
+
+    def __init__(self, subject: str, **parts: Any) -> None:
+        super().__init__(explain(subject, **parts) if parts else subject)
 
 
 class ConfigError(VRPOError, ValueError):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from vrpo_plugin.errors import PatchConflictError, VRPOError, explain
+from vrpo_plugin.errors import PatchConflictError, VRPOError
 
 Content = bytes | str | Callable[[IO[bytes]], object]
 
@@ -49,14 +49,14 @@ def replace_bytes(path: Path, old: bytes, new: bytes) -> None:
         os.chmod(partial, stat.S_IMODE(info.st_mode))
         if target.read_bytes() != old:
             do = "Close the editor that has it open, then run again."
-            raise PatchConflictError(explain(str(path), expected="the bytes read a moment ago", got="others", do=do))
+            raise PatchConflictError(str(path), expected="the bytes read a moment ago", got="others", do=do)
 
     try:
         info = target.stat()
         _take_place(target, new, mode=0o600, before_rename=keep_owner_and_mode)
     except OSError as error:
         do = "It is as it was; run again when the cause is gone."
-        raise VRPOError(explain(str(path), expected="a file that can be replaced", got=error, do=do)) from error
+        raise VRPOError(str(path), expected="a file that can be replaced", got=error, do=do) from error
 
 
 def why_read_only(path: Path) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vrpo_plugin._version import __version__
 from vrpo_plugin.config import VRPOConfig, check_keys
-from vrpo_plugin.errors import ConfigError, HostNotFoundError, PatchConflictError, VRPOError, explain
+from vrpo_plugin.errors import ConfigError, HostNotFoundError, PatchConflictError, VRPOError
 from vrpo_plugin.hosts.apply import apply_vrpo
 from vrpo_plugin.hosts.base import HostSpec
 from vrpo_plugin.hosts.checks import changes_nothing, check_settings
@@ -68,17 +68,17 @@ def parse_command(argv: Sequence[str]) -> Command:
         elif rest:
             value = rest.pop(0)
         else:
-            raise ConfigError(explain(PREFIX + key, expected="a value", got="none", do=USAGE))
+            raise ConfigError(PREFIX + key, expected="a value", got="none", do=USAGE)
         check_keys([key], {*KEYS, "config", "host", "dry_run"}, subject="command line: VRPO setting")
         found[key] = value
     if not rest or rest[0].startswith("-"):
-        raise ConfigError(explain("script", expected="train.py", got=rest[0] if rest else "nothing", do=USAGE))
+        raise ConfigError("script", expected="train.py", got=rest[0] if rest else "nothing", do=USAGE)
     late = next((one for one in rest[1:] if one.startswith(PREFIX)), None)
     if late is not None:
-        raise ConfigError(explain(late, expected="our options before the script", got="behind it", do="Move it."))
+        raise ConfigError(late, expected="our options before the script", got="behind it", do="Move it.")
     dry_run = parse_value(found.pop("dry_run", "false"))
     if dry_run not in (True, False):
-        raise ConfigError(explain(f"{PREFIX}dry-run", expected="true or false", got=dry_run, do=USAGE))
+        raise ConfigError(f"{PREFIX}dry-run", expected="true or false", got=dry_run, do=USAGE)
     config, host = found.pop("config", None), found.pop("host", None)
     return Command(Path(rest[0]), rest[1:], found, config, host, bool(dry_run))
 
@@ -113,7 +113,7 @@ def prepare(command: Command) -> tuple[HostSpec, PatchHandle] | None:
     """
     if not os.path.isfile(command.script):
         raise HostNotFoundError(
-            explain("script", expected="a training script", got=f"no file {command.script}", do="Correct its path.")
+            "script", expected="a training script", got=f"no file {command.script}", do="Correct its path."
         )
     config, options = resolve_settings(command.settings, file=command.config)
     host = command.host or os.environ.get("VRPO_HOST")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor
 
-from vrpo_plugin.errors import CheckpointError, ConfigError, ShapeError, WeightsNotFoundError, explain
+from vrpo_plugin.errors import CheckpointError, ConfigError, ShapeError, WeightsNotFoundError
 from vrpo_plugin.functional.rewards import RewardState
 from vrpo_plugin.functional.tensors import directions, require_pixels
 
@@ -58,12 +58,10 @@ class LPIPSReward:
     ) -> None:
         if net not in _WEIGHTS or every < 1 or (max_samples is not None and max_samples < 1):
             raise ConfigError(
-                explain(
-                    "LPIPSReward",
-                    expected=f"net one of {get_args(LPIPSNet)}, every >= 1, max_samples >= 1 or None",
-                    got=f"net={net!r}, every={every}, max_samples={max_samples}",
-                    do="Correct the value.",
-                )
+                "LPIPSReward",
+                expected=f"net one of {get_args(LPIPSNet)}, every >= 1, max_samples >= 1 or None",
+                got=f"net={net!r}, every={every}, max_samples={max_samples}",
+                do="Correct the value.",
             )
         self.decode = decode
         self.max_samples = max_samples
@@ -114,12 +112,10 @@ class LPIPSReward:
             return True
         if step is None:
             raise ConfigError(
-                explain(
-                    f"LPIPSReward(every={self.every})",
-                    expected="the training step in the state",
-                    got="step=None",
-                    do="Pass step= to the aligner, or use every=1 with a small max_samples.",
-                )
+                f"LPIPSReward(every={self.every})",
+                expected="the training step in the state",
+                got="step=None",
+                do="Pass step= to the aligner, or use every=1 with a small max_samples.",
             )
         return step % self.every == 0
 
@@ -143,12 +139,10 @@ class LPIPSReward:
         pixels = self.decode(x) if self.decode is not None else x
         if pixels.ndim != 4 or pixels.shape[1] not in (1, 3) or not pixels.is_floating_point():
             raise ShapeError(
-                explain(
-                    "LPIPSReward",
-                    expected="floating pixels (B, 3, H, W) or (B, 1, H, W)",
-                    got=f"{tuple(pixels.shape)}, {pixels.dtype}",
-                    do="Pass decode=, a function from latents to pixels in [-1, 1].",
-                )
+                "LPIPSReward",
+                expected="floating pixels (B, 3, H, W) or (B, 1, H, W)",
+                got=f"{tuple(pixels.shape)}, {pixels.dtype}",
+                do="Pass decode=, a function from latents to pixels in [-1, 1].",
             )
         return pixels
 
@@ -172,13 +166,11 @@ def _backbone_file(net: str, checkpoint: str | Path | None) -> Path:
     path = cached if checkpoint is None else Path(checkpoint)
     if not path.is_file():
         raise WeightsNotFoundError(
-            explain(
-                f"LPIPSReward(net={net!r})",
-                expected=f"the backbone's weights, torchvision's {cached.name}",
-                got=f"no file at {path}",
-                do=f"Fetch {url}, put it there or pass backbone_checkpoint=/path/to/{cached.name}. "
-                "pretrained=False gives a random backbone, for tests only.",
-            )
+            f"LPIPSReward(net={net!r})",
+            expected=f"the backbone's weights, torchvision's {cached.name}",
+            got=f"no file at {path}",
+            do=f"Fetch {url}, put it there or pass backbone_checkpoint=/path/to/{cached.name}. "
+            "pretrained=False gives a random backbone, for tests only.",
         )
     return path
 
@@ -197,11 +189,9 @@ def _build(net: str, file: Path | None) -> torch.nn.Module:
             model.net.load_state_dict({name: weights[source] for name, source in names.items()})
         except Exception as error:  # zip, pickle, missing-key and shape errors have no common class
             raise CheckpointError(
-                explain(
-                    f"{file}",
-                    expected=f"torchvision's state dict for the backbone {net!r}",
-                    got=f"{type(error).__name__}: {str(error)[:500]}",
-                    do="Pass the file that belongs to this net, or fetch it again.",
-                )
+                f"{file}",
+                expected=f"torchvision's state dict for the backbone {net!r}",
+                got=f"{type(error).__name__}: {str(error)[:500]}",
+                do="Pass the file that belongs to this net, or fetch it again.",
             ) from error
     return model.requires_grad_(False)

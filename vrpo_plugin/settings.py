@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from vrpo_plugin.config import check_keys
-from vrpo_plugin.errors import ConfigError, explain
+from vrpo_plugin.errors import ConfigError
 
 T = TypeVar("T")
 SCALARS = (bool, int, float, str)
@@ -32,7 +32,7 @@ def read_mapping(path: str | Path, what: str = "a YAML or JSON file") -> dict[st
     try:
         content = load(path.read_text(encoding="utf-8"))
     except errors as error:
-        raise ConfigError(explain(str(path), expected=what, got=error, do="Check the path.")) from error
+        raise ConfigError(str(path), expected=what, got=error, do="Check the path.") from error
     return _mapping({} if content is None else content, str(path))
 
 
@@ -51,7 +51,7 @@ def build(kind: type[T], values: object, subject: str) -> T:
     check_keys(values, hints, subject=subject)
     required = (f.name for f in fields(kind) if f.default is f.default_factory is MISSING)  # type: ignore[arg-type]
     if missing := [name for name in required if name not in values]:
-        raise ConfigError(explain(subject, expected=", ".join(missing), got="nothing", do="Add it."))
+        raise ConfigError(subject, expected=", ".join(missing), got="nothing", do="Add it.")
     return kind(**{key: convert(value, hints[key], f"{subject}: {key}") for key, value in values.items()})
 
 
@@ -71,13 +71,13 @@ def convert(value: Any, hint: Any, subject: str) -> Any:
         if get_origin(kind) is tuple and isinstance(value, list):
             inner = (inner[0],) * len(value) if inner[-1] is ... else inner
             if len(inner) != len(value):
-                raise ConfigError(explain(subject, expected=f"{len(inner)} values", got=value, do="Correct it."))
+                raise ConfigError(subject, expected=f"{len(inner)} values", got=value, do="Correct it.")
             return tuple(convert(one, of, subject) for one, of in zip(value, inner, strict=True))
     if float in kinds and int not in kinds and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             value = float(value)  # YAML 1.1 reads 1e-4 as a string
         except ValueError as error:
-            raise ConfigError(explain(subject, expected="a number", got=repr(value), do="Correct it.")) from error
+            raise ConfigError(subject, expected="a number", got=repr(value), do="Correct it.") from error
     check_kind(value, hint, subject)
     return value
 
@@ -106,7 +106,7 @@ def check_kind(value: Any, hint: Any, subject: str) -> None:
         names = {float: "a finite number", type(None): "None"}
         others = [names.get(kind, kind.__name__) for kind in kinds if get_origin(kind) is not Literal]
         expected = " or ".join([f"one of {choices}"] * bool(choices) + others)
-        raise ConfigError(explain(subject, expected=expected, got=repr(value), do="Correct it."))
+        raise ConfigError(subject, expected=expected, got=repr(value), do="Correct it.")
 
 
 def add_flags(group: Any, kind: type) -> None:
@@ -155,7 +155,7 @@ def _list_parser(kind: Any, words: list[str]) -> Any:
 def _mapping(content: object, subject: str) -> dict[str, Any]:
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
         got = repr(content)[:200]
-        raise ConfigError(explain(subject, expected="key: value lines", got=got, do="Correct it."))
+        raise ConfigError(subject, expected="key: value lines", got=got, do="Correct it.")
     return dict(content)
 
 

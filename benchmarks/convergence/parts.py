@@ -18,7 +18,7 @@ from train_repa_vrpo import main as train_example
 from convergence.recipe import JUDGES, OUTPUT, Recipe
 from vrpo_plugin import VRPOConfig
 from vrpo_plugin.config import check_keys
-from vrpo_plugin.errors import ConfigError, DataError, explain
+from vrpo_plugin.errors import ConfigError, DataError
 from vrpo_plugin.files import write_file
 from vrpo_plugin.standalone.small_network import SmallFeatureNetwork, load_small_features
 from vrpo_plugin.standalone.small_training import (
@@ -238,7 +238,7 @@ class Run:
         if not found.is_dir():
             got = sorted(path.name for path in found.parent.glob("0*"))
             do = "Choose evaluation steps that are multiples of the first one."
-            raise DataError(explain(str(found), expected="a checkpoint", got=got, do=do))
+            raise DataError(str(found), expected="a checkpoint", got=got, do=do)
         return found
 
     @property
@@ -267,7 +267,7 @@ def refuse_other(subject: Path, former: Mapping[str, Any], now: Mapping[str, Any
     keys = [key for key in {**former, **now} if former.get(key) != now.get(key)]
     if keys:
         then, wanted = ({key: of.get(key) for key in keys} for of in (former, now))
-        raise ConfigError(explain(str(subject), expected=wanted, got=f"{then}, from an earlier recipe", do=do))
+        raise ConfigError(str(subject), expected=wanted, got=f"{then}, from an earlier recipe", do=do)
 
 
 def _trained(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from train_parts import TrainingStep, build_model, build_optimizer
 
 from vrpo_plugin import ConfigError, NonFiniteGuard, VRPOConfig
 from vrpo_plugin.encoders import Targets
-from vrpo_plugin.errors import explain
 from vrpo_plugin.standalone.sources import Source
 from vrpo_plugin.standalone.training import aligner_of, build_ema, ema_decay, parameter_groups, update_ema
 
@@ -41,7 +40,7 @@ class SharedBatch:
         if options.weighting != "uniform" or options.gradient_accumulation_steps != 1:
             got = f"weighting={options.weighting}, accumulation {options.gradient_accumulation_steps}"
             expected = "uniform times and no accumulation"
-            raise ConfigError(explain("recipe", expected=expected, got=got, do="Use benchmarks/convergence."))
+            raise ConfigError("recipe", expected=expected, got=got, do="Use benchmarks/convergence.")
         self.images, self.labels, self.options, self.seed, self.encode = images, labels, options, seed, encode
         self.device = images.device
         self.generator = torch.Generator(self.device)

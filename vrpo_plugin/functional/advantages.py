@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from vrpo_plugin.errors import ConfigError, ShapeError, explain
+from vrpo_plugin.errors import ConfigError, ShapeError
 from vrpo_plugin.functional.tensors import is_finite, promote
 
 Scale = Literal["group", "none"]
@@ -48,12 +48,7 @@ def group_moments(rewards: Tensor, *, mask: Tensor | None = None) -> GroupMoment
     """
     if rewards.ndim == 0 or rewards.shape[-1] == 0:
         raise ShapeError(
-            explain(
-                "rewards",
-                expected="(..., G), G >= 1",
-                got=tuple(rewards.shape),
-                do="Pass one reward per action.",
-            )
+            "rewards", expected="(..., G), G >= 1", got=tuple(rewards.shape), do="Pass one reward per action."
         )
     rewards = promote(rewards)
     valid = is_finite(rewards)
@@ -87,7 +82,7 @@ def inverse_scale(variance: Tensor, *, scale: Scale = "group") -> Tensor:
     Source: GRPO, arXiv 2402.03300, section 4.1 (``group``); Dr. GRPO, arXiv 2503.20783 (``none``).
     """
     if scale not in SCALES:
-        raise ConfigError(explain("scale", expected=f"one of {SCALES}", got=repr(scale), do="Choose one of these."))
+        raise ConfigError("scale", expected=f"one of {SCALES}", got=repr(scale), do="Choose one of these.")
     if scale == "none":
         return torch.ones_like(variance)
     return torch.where(variance > 0, variance.rsqrt(), 0)

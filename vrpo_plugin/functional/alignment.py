@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from vrpo_plugin.errors import ShapeError, explain
+from vrpo_plugin.errors import ShapeError
 from vrpo_plugin.functional.tensors import directions, promote
 
 
@@ -25,12 +25,10 @@ def cosine_alignment(z_tilde: Tensor, z: Tensor) -> Tensor:
     """
     if z_tilde.shape != z.shape or z.ndim != 3:
         raise ShapeError(
-            explain(
-                "z",
-                expected=f"(B, N, D) like z_tilde {tuple(z_tilde.shape)}",
-                got=tuple(z.shape),
-                do="Resample the tokens to one grid and check the encoder's dimension.",
-            )
+            "z",
+            expected=f"(B, N, D) like z_tilde {tuple(z_tilde.shape)}",
+            got=tuple(z.shape),
+            do="Resample the tokens to one grid and check the encoder's dimension.",
         )
     return (directions(promote(z_tilde), -1) * directions(promote(z), -1)).sum(-1).mean(-1)
 
@@ -54,6 +52,6 @@ def spatial_normalize(z: Tensor, *, alpha: float = 0.6, eps: float = 1e-6) -> Te
     Source: iREPA, End2End-Diffusion/iREPA@99ad4ac:ldm/utils.py.
     """
     if z.ndim != 3 or z.shape[1] < 2:
-        raise ShapeError(explain("z", expected="(B, N >= 2, D)", got=tuple(z.shape), do='Use target_norm="none".'))
+        raise ShapeError("z", expected="(B, N >= 2, D)", got=tuple(z.shape), do='Use target_norm="none".')
     z = promote(z)
     return (z - alpha * z.mean(1, keepdim=True)) / (z.std(1, keepdim=True) + eps)

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from vrpo_plugin.errors import ConfigError, explain
+from vrpo_plugin.errors import ConfigError
 from vrpo_plugin.functional.tensors import require_shape
 
 PathType = Literal["linear", "cosine"]
@@ -35,9 +35,7 @@ def path_coefficients(t: Tensor, path_type: PathType = "linear") -> tuple[Tensor
         angle = t * (math.pi / 2)
         alpha, sigma = angle.cos(), angle.sin()
         return alpha, sigma, -math.pi / 2 * sigma, math.pi / 2 * alpha
-    raise ConfigError(
-        explain("path_type", expected=f"one of {PATH_TYPES}", got=repr(path_type), do="Choose one of these.")
-    )
+    raise ConfigError("path_type", expected=f"one of {PATH_TYPES}", got=repr(path_type), do="Choose one of these.")
 
 
 def time_like(t: Tensor, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ squared deviations from it. Means and deviations are merged, never sums of squar
 import torch
 from torch import Tensor
 
-from vrpo_plugin.errors import ShapeError, explain
+from vrpo_plugin.errors import ShapeError
 from vrpo_plugin.functional.tensors import promote
 
 LEVELS = 10  # bins of t of equal width
@@ -34,12 +34,10 @@ def level_moments(rewards: Tensor, level: Tensor, valid: Tensor) -> Tensor:
     """
     if rewards.ndim != 2 or valid.shape != rewards.shape or level.shape != rewards.shape[1:]:
         raise ShapeError(
-            explain(
-                "level, valid",
-                expected=f"(B,) and (K, B) of rewards {tuple(rewards.shape)}",
-                got=(tuple(level.shape), tuple(valid.shape)),
-                do="Pass one level per sample.",
-            )
+            "level, valid",
+            expected=f"(B,) and (K, B) of rewards {tuple(rewards.shape)}",
+            got=(tuple(level.shape), tuple(valid.shape)),
+            do="Pass one level per sample.",
         )
     rewards = promote(rewards)[:, :, None]
     member = valid[:, :, None] & (level[:, None] == torch.arange(LEVELS, device=level.device))

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from vrpo_plugin.errors import ShapeError, explain
+from vrpo_plugin.errors import ShapeError
 from vrpo_plugin.functional.advantages import group_moments, inverse_scale
 from vrpo_plugin.functional.tensors import is_finite, promote
 
@@ -35,12 +35,10 @@ def pathwise_policy_loss(rewards: Tensor, coefficients: Tensor, *, valid: Tensor
     """
     if rewards.shape != coefficients.shape or rewards.ndim != 2:
         raise ShapeError(
-            explain(
-                "coefficients",
-                expected=f"(K, B) like rewards {tuple(rewards.shape)}",
-                got=tuple(coefficients.shape),
-                do="Pass one coefficient per reward and sample.",
-            )
+            "coefficients",
+            expected=f"(K, B) like rewards {tuple(rewards.shape)}",
+            got=tuple(coefficients.shape),
+            do="Pass one coefficient per reward and sample.",
         )
     rewards = promote(rewards)
     finite = is_finite(rewards.detach())
@@ -154,12 +152,10 @@ def score_function_gradient(
     """
     if rewards.ndim != 2 or noise.shape[:2] != rewards.shape or std.shape != rewards.shape[1:]:
         raise ShapeError(
-            explain(
-                "noise, std",
-                expected=f"(K, B, ...) and (B,) of rewards {tuple(rewards.shape)}",
-                got=(tuple(noise.shape), tuple(std.shape)),
-                do="Pass one direction per action.",
-            )
+            "noise, std",
+            expected=f"(K, B, ...) and (B,) of rewards {tuple(rewards.shape)}",
+            got=(tuple(noise.shape), tuple(std.shape)),
+            do="Pass one direction per action.",
         )
     moments = group_moments(rewards.T)  # the actions of a state are a group
     advantages = moments.deviation * inverse_scale(moments.variance, scale="group" if normalize else "none")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vrpo_plugin.errors import DataError, ShapeError, explain
+from vrpo_plugin.errors import DataError, ShapeError
 
 # Lengths under which a vector has no direction worth a gradient: in units of its sample's mean, and at all.
 SHORT, SHORTEST = 1e-3, 1e-4
@@ -37,7 +37,7 @@ def require_shape(name: str, x: Tensor, shape: Sequence[int]) -> None:
         ShapeError: ``x`` has another shape.
     """
     if x.shape != shape:
-        raise ShapeError(explain(name, expected=tuple(shape), got=tuple(x.shape), do="Pass tensors of one batch."))
+        raise ShapeError(name, expected=tuple(shape), got=tuple(x.shape), do="Pass tensors of one batch.")
 
 
 def require_pixels(subject: str, pixels: Tensor, *, first: bool) -> None:
@@ -60,12 +60,10 @@ def require_pixels(subject: str, pixels: Tensor, *, first: bool) -> None:
     low, high = (pixels if first else finite_or_zero(pixels)).detach().aminmax()
     if not (low >= -2 and high <= 2):
         raise DataError(
-            explain(
-                subject,
-                expected="floats in [-1, 1]",
-                got=f"values from {low.item():g} to {high.item():g}",
-                do="Scale images in [0, 255] by x / 127.5 - 1, once.",
-            )
+            subject,
+            expected="floats in [-1, 1]",
+            got=f"values from {low.item():g} to {high.item():g}",
+            do="Scale images in [0, 255] by x / 127.5 - 1, once.",
         )
     if first and low >= 0 and high > 0.5:
         warnings.warn(
@@ -84,12 +82,10 @@ def square_grid(tokens: int) -> tuple[int, int]:
     side = math.isqrt(max(tokens, 0))
     if side * side != tokens or tokens < 1:
         raise ShapeError(
-            explain(
-                "tokens",
-                expected="a square number of tokens (prefix tokens already dropped)",
-                got=tokens,
-                do="Drop cls and register tokens, or give the grid as (height, width).",
-            )
+            "tokens",
+            expected="a square number of tokens (prefix tokens already dropped)",
+            got=tokens,
+            do="Drop cls and register tokens, or give the grid as (height, width).",
         )
     return side, side
 
@@ -107,12 +103,10 @@ def grid_like(tokens: int, sides: tuple[int, int] | None) -> tuple[int, int]:
     times = math.isqrt(max(tokens, 0) // (height * width))
     if times < 1 or times * times * height * width != tokens:
         raise ShapeError(
-            explain(
-                "tokens",
-                expected=f"a grid as high to wide as {sides[0]} to {sides[1]} (prefix tokens already dropped)",
-                got=tokens,
-                do="Drop cls and register tokens, and give token_grid= and latent_shape= of these images.",
-            )
+            "tokens",
+            expected=f"a grid as high to wide as {sides[0]} to {sides[1]} (prefix tokens already dropped)",
+            got=tokens,
+            do="Drop cls and register tokens, and give token_grid= and latent_shape= of these images.",
         )
     return times * height, times * width
 
@@ -135,7 +129,7 @@ def resample_tokens(z: Tensor, grid: tuple[int, int], target_grid: tuple[int, in
         expected = (
             f"{grid[0]} x {grid[1]}" if min(*grid, *target_grid) > 0 else f"no empty grid, {grid} to {target_grid}"
         )
-        raise ShapeError(explain("tokens", expected=expected, got=z.shape[1], do="Give their grid."))
+        raise ShapeError("tokens", expected=expected, got=z.shape[1], do="Give their grid.")
     if grid == target_grid:
         return z
     maps = rearrange(promote(z), "b (h w) d -> b d h w", h=grid[0])

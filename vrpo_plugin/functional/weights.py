@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vrpo_plugin.errors import ShapeError, explain
+from vrpo_plugin.errors import ShapeError
 from vrpo_plugin.functional.tensors import is_finite, promote
 
 
@@ -45,9 +45,7 @@ def inverse_variance_weights(variance: Tensor) -> Tensor:
     Source: VRPO, arXiv 2606.00583, appendix, equation 17 (the formula); the zero is ours.
     """
     if variance.ndim == 0 or variance.shape[0] == 0:
-        raise ShapeError(
-            explain("variance", expected="(K, ...), K >= 1", got=tuple(variance.shape), do="Pass one per reward.")
-        )
+        raise ShapeError("variance", expected="(K, ...), K >= 1", got=tuple(variance.shape), do="Pass one per reward.")
     variance = promote(variance)
     live = is_finite(variance) & (variance > 0)
     believed = torch.where(live, variance.clamp(min=torch.finfo(variance.dtype).tiny), torch.inf)

@@ -67,7 +67,7 @@ def _compare(module: Any, state_dict: dict[str, Any], prefix: str) -> None:
     expected = "the aligner of these settings"
     if reshaped:
         got = f"another: {reshaped[0]} is {tuple(state_dict[reshaped[0]].shape)}, not {tuple(own[reshaped[0]].shape)}"
-        raise CheckpointError(explain("the checkpoint", expected=expected, got=got, do=do))
+        raise CheckpointError("the checkpoint", expected=expected, got=got, do=do)
     different = sorted(given ^ own.keys())
     if different and not module.is_copy:  # no error: with strict=False it is none
         got = f"another: {different[0]} is in one of them only"

@@ -13,7 +13,7 @@ from typing import Any
 from torch.optim import Optimizer, optimizer
 
 from vrpo_plugin.config import VRPOConfig, check_keys
-from vrpo_plugin.errors import HostNotFoundError, explain
+from vrpo_plugin.errors import HostNotFoundError
 from vrpo_plugin.hosts.base import HostSpec, Session, Shim
 from vrpo_plugin.hosts.checks import changes_nothing, check_settings
 from vrpo_plugin.hosts.compat import selected
@@ -147,7 +147,7 @@ def _find(host: str | None, caller: str | None) -> HostSpec:
         return find_spec(name, folder)
     if caller is None:
         do = "Name the host: apply_vrpo('repa')."
-        raise HostNotFoundError(explain("apply_vrpo()", expected="a call in a host's script", got="no file", do=do))
+        raise HostNotFoundError("apply_vrpo()", expected="a call in a host's script", got="no file", do=do)
     return host_of_script(Path(caller))
 
 
@@ -170,12 +170,10 @@ def _import(spec: HostSpec, point: SourcePoint) -> ModuleType:
         if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
             raise  # the host's own dependency is missing: its message says which
         raise HostNotFoundError(
-            explain(
-                spec.name,
-                expected=f"module {name} of {spec.repository} on sys.path",
-                got=f"no module named {error.name!r}",
-                do="Call this from the host's own script, or start it with 'python -m vrpo_plugin.launch train.py'.",
-            )
+            spec.name,
+            expected=f"module {name} of {spec.repository} on sys.path",
+            got=f"no module named {error.name!r}",
+            do="Call this from the host's own script, or start it with 'python -m vrpo_plugin.launch train.py'.",
         ) from error
 
 

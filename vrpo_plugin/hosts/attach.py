@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vrpo_plugin.errors import CheckpointError, explain
+from vrpo_plugin.errors import CheckpointError
 from vrpo_plugin.functional.interpolant import noisy_sample
 from vrpo_plugin.hosts.aligner import HostAligner
 from vrpo_plugin.hosts.base import Aligned, Session
@@ -99,10 +99,8 @@ def _refuse_aligner(module: Any, state_dict: Mapping[str, Any], prefix: str, *_:
     """Says what to do where torch would list unexpected keys."""
     if any(key.startswith(f"{prefix}vrpo.") for key in state_dict):
         raise CheckpointError(
-            explain(
-                "the checkpoint",
-                expected="one without an aligner, for these settings make none",
-                got="one of a run with VRPO",
-                do="Resume with that run's settings, or from a copy made by 'vrpo export CKPT OUT.pt'.",
-            )
+            "the checkpoint",
+            expected="one without an aligner, for these settings make none",
+            got="one of a run with VRPO",
+            do="Resume with that run's settings, or from a copy made by 'vrpo export CKPT OUT.pt'.",
         )

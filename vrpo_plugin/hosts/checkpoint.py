@@ -13,7 +13,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from vrpo_plugin.errors import CheckpointError, explain
+from vrpo_plugin.errors import CheckpointError
 
 # The aligner is the attribute ``vrpo`` of the host's model; DDP and torch.compile put their own names before it.
 _ALIGNER_KEY = re.compile(r"(?:module\.|_orig_mod\.)*vrpo\.(?P<name>.*)")
@@ -138,7 +138,7 @@ def _without_last(optimizer: Any, shapes: Sequence[torch.Size], name: str) -> di
     if not fits:
         do = "Export a checkpoint that the host's own script saved."
         expected = f"AdamW's state, its last group ending with the aligner's {len(shapes)} parameters"
-        raise CheckpointError(explain(f"{name}: opt", expected=expected, got="another", do=do))
+        raise CheckpointError(f"{name}: opt", expected=expected, got="another", do=do)
     removed = {*ours}
     state = {index: value for index, value in state.items() if index not in removed}
     return {**optimizer, "state": state, "param_groups": [*groups, {**last, "params": kept}]}
@@ -156,11 +156,11 @@ def _read(source: Path) -> dict[str, Any]:
         foreign = re.search(r"\bGLOBAL ([\w.]+)", str(error))
         reason = f"{type(error).__name__}: {str(error).split('. ')[0].strip()}"
         got = f"a pickle that calls {foreign[1]}" if foreign else reason[:200]
-        raise CheckpointError(explain(str(source), expected="a checkpoint", got=got, do=do)) from error
+        raise CheckpointError(str(source), expected="a checkpoint", got=got, do=do) from error
     if not isinstance(checkpoint, dict) or not all(_is_weights(checkpoint.get(part)) for part in _WEIGHTS):
         keys = [str(key) for key in checkpoint] if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise CheckpointError(
-            explain(str(source), expected="'model' and 'ema', two mappings of tensors", got=str(keys)[:200], do=do)
+            str(source), expected="'model' and 'ema', two mappings of tensors", got=str(keys)[:200], do=do
         )
     return checkpoint
 
@@ -179,23 +179,21 @@ def _as_safetensors(weights: dict[str, Tensor], name: str) -> bytes:
         return save({k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in weights.items()})
     except Exception as error:  # sparse, quantized or huge: what torch and safetensors raise has no common class
         got, do = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0][:200], "Export to a .pt file."
-        raise CheckpointError(
-            explain(f"{name}: ema", expected="tensors that safetensors holds", got=got, do=do)
-        ) from error
+        raise CheckpointError(f"{name}: ema", expected="tensors that safetensors holds", got=got, do=do) from error
 
 
 def _check_out(source: Path, out: Path, *, overwrite: bool) -> None:
     if out.suffix not in (".pt", ".safetensors"):
         expected, do = "a file ending in .pt or .safetensors", "Rename it."
-        raise CheckpointError(explain(str(out), expected=expected, got=out.suffix or "no ending", do=do))
+        raise CheckpointError(str(out), expected=expected, got=out.suffix or "no ending", do=do)
     if not os.path.exists(out):
         return
     if os.path.exists(source) and out.samefile(source):
         do = "Write to another file."
-        raise CheckpointError(explain(str(out), expected="another file than the checkpoint", got="the same", do=do))
+        raise CheckpointError(str(out), expected="another file than the checkpoint", got="the same", do=do)
     if not overwrite or not out.is_file():
         do = "Give another name, or --overwrite." if out.is_file() else "Give the name of a file."
-        raise CheckpointError(explain(str(out), expected="no such file", got="one that exists", do=do))
+        raise CheckpointError(str(out), expected="no such file", got="one that exists", do=do)
 
 
 def _write(out: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -213,4 +211,4 @@ def _write(out: Path, write: Callable[[IO[bytes]], Any]) -> None:
                 partial.unlink()
     except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError on a full disk
         do = "Give a folder that exists and has room."
-        raise CheckpointError(explain(str(out), expected="a file that can be written", got=error, do=do)) from error
+        raise CheckpointError(str(out), expected="a file that can be written", got=error, do=do) from error

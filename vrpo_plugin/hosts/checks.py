@@ -3,7 +3,7 @@
 import os
 
 from vrpo_plugin.config import VRPOConfig
-from vrpo_plugin.errors import ConfigError, explain
+from vrpo_plugin.errors import ConfigError
 from vrpo_plugin.hosts.base import HostSpec
 from vrpo_plugin.hosts.compat import selected
 from vrpo_plugin.hosts.options import HostOptions
@@ -25,12 +25,10 @@ def check_settings(spec: HostSpec, config: VRPOConfig, options: HostOptions) -> 
     for sharding in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{sharding}", "false").lower() in ("1", "true"):
             raise ConfigError(
-                explain(
-                    f"accelerate launch: {spec.name}",
-                    expected="one process or DDP",
-                    got=sharding,
-                    do="Choose another distributed_type in the accelerate configuration.",
-                )
+                f"accelerate launch: {spec.name}",
+                expected="one process or DDP",
+                got=sharding,
+                do="Choose another distributed_type in the accelerate configuration.",
             )
     owned = {"path_type": "the host's own path is used"}
     if spec.has_alignment_loss:
@@ -44,14 +42,12 @@ def check_settings(spec: HostSpec, config: VRPOConfig, options: HostOptions) -> 
         given = {"encoder": options.encoder, "encoder_checkpoint": options.encoder_checkpoint}
         found += [(name, repr(value), why) for name, value in given.items() if value is not None]
     for name, value, why in found:
-        raise ConfigError(explain(name, expected=f"unset: {why}", got=value, do="Set it there."))
+        raise ConfigError(name, expected=f"unset: {why}", got=value, do="Set it there.")
     if config.features == "host" and not spec.has_alignment_loss:
         raise ConfigError(
-            explain(
-                "features",
-                expected=f"'policy' or 'none': {spec.name} has no alignment loss of its own",
-                got="'host'",
-                do="With reward_coeff=0 and features='none' nothing is changed.",
-            )
+            "features",
+            expected=f"'policy' or 'none': {spec.name} has no alignment loss of its own",
+            got="'host'",
+            do="With reward_coeff=0 and features='none' nothing is changed.",
         )
     selected(spec, options)

@@ -6,7 +6,7 @@ Whole-number steps, 0 next to the data; the model predicts the noise, and in the
 from collections.abc import Mapping
 from typing import Any
 
-from vrpo_plugin.errors import ConfigError, explain
+from vrpo_plugin.errors import ConfigError
 from vrpo_plugin.hosts import compat, transport
 from vrpo_plugin.hosts.base import HostSpec, Session, apply_line, point
 from vrpo_plugin.hosts.libraries import VAE
@@ -36,7 +36,7 @@ def _prediction(diffusion: Any) -> str:
     name = diffusion.model_mean_type.name
     if name not in ("EPSILON", "START_X"):
         do = "Use create_diffusion's defaults, or predict_xstart=True."
-        raise ConfigError(explain("model_mean_type", expected="EPSILON or START_X", got=name, do=do))
+        raise ConfigError("model_mean_type", expected="EPSILON or START_X", got=name, do=do)
     return "noise" if name == "EPSILON" else "x0_hat"
 
 

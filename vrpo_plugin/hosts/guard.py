@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vrpo_plugin.errors import NonFiniteError, explain
+from vrpo_plugin.errors import NonFiniteError
 from vrpo_plugin.modules.guard import NonFiniteGuard
 
 SKIPPED, IN_A_ROW = "vrpo/skipped", "vrpo/skipped_in_a_row"
@@ -81,11 +81,9 @@ def check_skipped(values: dict[str, float], limit: int) -> None:
         return
     named = [name for name, value in values.items() if value != value or (name == "vrpo/nonfinite" and value)]
     raise NonFiniteError(
-        explain(
-            "gradients",
-            expected=f"at most {limit} optimizer steps in a row that are not finite (max_skipped_steps)",
-            got=f"{in_a_row:.0f}; not finite in the last batch: {', '.join(named) or 'none of our metrics'}",
-            do="The weights are those before the first of them. Go on from the last checkpoint with a lower learning "
-            "rate, fp32, or without the data that does this.",
-        )
+        "gradients",
+        expected=f"at most {limit} optimizer steps in a row that are not finite (max_skipped_steps)",
+        got=f"{in_a_row:.0f}; not finite in the last batch: {', '.join(named) or 'none of our metrics'}",
+        do="The weights are those before the first of them. Go on from the last checkpoint with a lower learning "
+        "rate, fp32, or without the data that does this.",
     )

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from vrpo_plugin.errors import ConfigError, explain
+from vrpo_plugin.errors import ConfigError
 from vrpo_plugin.hosts import compat, siloss
 from vrpo_plugin.hosts.base import Aligned, HostSpec, Session, apply_line, point
 from vrpo_plugin.hosts.siloss import GRAD_NORM, SILOSS, SIT_SHIMS
@@ -15,12 +15,10 @@ def read_arguments(session: Session, arguments: argparse.Namespace) -> None:
     siloss.read_length(session, arguments)
     if not session.idle and getattr(arguments, "repa_loss", None) is False:
         raise ConfigError(
-            explain(
-                "irepa",
-                expected="--repa-loss, without which the script loads no encoder and no images",
-                got="a command line without it",
-                do="Add --repa-loss behind the script; or train without VRPO: reward_coeff=0 features=host.",
-            )
+            "irepa",
+            expected="--repa-loss, without which the script loads no encoder and no images",
+            got="a command line without it",
+            do="Add --repa-loss behind the script; or train without VRPO: reward_coeff=0 features=host.",
         )
 
 
@@ -29,12 +27,10 @@ def before_loss(session: Session, loss: Any, arguments: dict[str, Any]) -> dict[
     others = sorted({*loss.projection_loss_type} - {"cosine"})
     if session.replaces_features and others:
         raise ConfigError(
-            explain(
-                "features",
-                expected="'host', which keeps iREPA's own projection losses",
-                got=f"{session.config.features!r} with --projection-loss-type {', '.join(others)}",
-                do="Set features=host (VRPO_FEATURES=host), or train with cosine alone.",
-            )
+            "features",
+            expected="'host', which keeps iREPA's own projection losses",
+            got=f"{session.config.features!r} with --projection-loss-type {', '.join(others)}",
+            do="Set features=host (VRPO_FEATURES=host), or train with cosine alone.",
         )
     return siloss.before_loss(session, loss, arguments)
 

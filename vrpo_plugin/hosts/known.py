@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vrpo_plugin.config import check_keys
-from vrpo_plugin.errors import ConfigError, HostNotFoundError, explain
+from vrpo_plugin.errors import ConfigError, HostNotFoundError
 from vrpo_plugin.hosts.base import HostSpec
 from vrpo_plugin.hosts.dit import DIT
 from vrpo_plugin.hosts.irepa import IREPA
@@ -96,7 +96,7 @@ def _own_spec(name: str, folder: Path | None) -> HostSpec:
                 source = str(folder / source)
             located = importlib.util.spec_from_file_location(Path(source).stem, source)
             if located is None or located.loader is None or not os.path.isfile(source):
-                raise ConfigError(explain(f"host {name}", expected="a Python file", got=f"no file {source}", do=do))
+                raise ConfigError(f"host {name}", expected="a Python file", got=f"no file {source}", do=do)
             module = importlib.util.module_from_spec(located)
             located.loader.exec_module(module)
         else:
@@ -105,14 +105,14 @@ def _own_spec(name: str, folder: Path | None) -> HostSpec:
         if error.name is None or not (source == error.name or source.startswith(error.name + ".")):
             raise  # what the module itself lacks
         got = f"no module named {error.name!r}"
-        raise ConfigError(explain(f"host {name}", expected="a module that can be imported", got=got, do=do)) from error
+        raise ConfigError(f"host {name}", expected="a module that can be imported", got=got, do=do) from error
     finally:
         sys.path = path
     found = getattr(module, attribute, None)
     if not isinstance(found, HostSpec):
         specs = [key for key, value in vars(module).items() if isinstance(value, HostSpec)]
         got = f"{type(found).__name__}; it holds {', '.join(specs) or 'no HostSpec'}"
-        raise ConfigError(explain(f"host {name}", expected=f"a HostSpec {attribute!r}", got=got, do=do))
+        raise ConfigError(f"host {name}", expected=f"a HostSpec {attribute!r}", got=got, do=do)
     return found
 
 
@@ -136,7 +136,7 @@ def require_folder(root: Path) -> None:
     # Not Path's own: it raises where a folder may not be searched or a name is too long.
     if not os.path.isdir(root):
         got = "a file" if os.path.exists(root) else "nothing there"
-        raise HostNotFoundError(explain(str(root), expected="a folder", got=got, do="Give a checkout's folder."))
+        raise HostNotFoundError(str(root), expected="a folder", got=got, do="Give a checkout's folder.")
 
 
 def find_candidates(root: Path) -> list[Candidate]:
@@ -186,12 +186,10 @@ def host_of_script(script: Path) -> HostSpec:
     chosen = named or [one for one in ours if one.spec.model.module in imported] or [one for one in ours if one.fits]
     if len(chosen) > 1:
         raise HostNotFoundError(
-            explain(
-                str(script),
-                expected="one host",
-                got=", ".join(sorted(one.spec.name for one in chosen)),
-                do="Name it: --vrpo-host NAME.",
-            )
+            str(script),
+            expected="one host",
+            got=", ".join(sorted(one.spec.name for one in chosen)),
+            do="Name it: --vrpo-host NAME.",
         )
     if not chosen[0].fits:  # one of the repository's other scripts may fit where this one's own definitions do not
         raise no_host(folder, chosen[0])
@@ -229,4 +227,4 @@ def no_host(root: Path, nearest: Candidate) -> HostNotFoundError:
         wanted, where = " ".join(misfit.point.parameters), f"{misfit.point.file}: {misfit.point.name}"
         expected = f"{where}({wanted}) of {spec.repository}, the nearest host"
         got = f"parameters ({' '.join(misfit.parameters)})" if misfit.status == "signature" else misfit.reason
-    return HostNotFoundError(explain(str(root), expected=expected, got=got, do=do))
+    return HostNotFoundError(str(root), expected=expected, got=got, do=do)

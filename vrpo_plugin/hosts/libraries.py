@@ -7,7 +7,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from vrpo_plugin.errors import HostChangedError, explain
+from vrpo_plugin.errors import HostChangedError
 from vrpo_plugin.hosts.base import HostSpec, LibrarySeam, Session, Shim, point
 from vrpo_plugin.patching.fingerprint import Finding, inspect_point
 
@@ -44,12 +44,10 @@ def verify_libraries(seams: Sequence[LibrarySeam]) -> None:
         if finding is None or finding.status in ("known", "changed"):
             continue
         raise HostChangedError(
-            explain(
-                seam.label,
-                expected=f"parameters ({', '.join(seam.point.parameters)})",
-                got=finding.reason or f"({', '.join(finding.parameters)})",
-                do=f"Install a version of {seam.module.partition('.')[0]} that pyproject.toml names.",
-            )
+            seam.label,
+            expected=f"parameters ({', '.join(seam.point.parameters)})",
+            got=finding.reason or f"({', '.join(finding.parameters)})",
+            do=f"Install a version of {seam.module.partition('.')[0]} that pyproject.toml names.",
         )
 
 

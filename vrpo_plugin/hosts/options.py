@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vrpo_plugin.config import VRPOConfig, check_keys
-from vrpo_plugin.errors import ConfigError, explain
+from vrpo_plugin.errors import ConfigError
 
 PREFIX = "VRPO_"
 DEFAULT_ENCODER = "dinov2-vit-b"
@@ -52,13 +52,11 @@ class HostOptions:
         self._check_encoder()
         for name in ("allow_unverified", "fused_optimizer"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(
-                    explain(name, expected="True or False", got=repr(getattr(self, name)), do="Correct it.")
-                )
+                raise ConfigError(name, expected="True or False", got=repr(getattr(self, name)), do="Correct it.")
         for name in ("log_every", "max_skipped_steps"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ConfigError(explain(name, expected="an int >= 0", got=repr(value), do="Correct it."))
+                raise ConfigError(name, expected="an int >= 0", got=repr(value), do="Correct it.")
 
     def _check_encoder(self) -> None:
         for name in ("encoder", "encoder_checkpoint"):
@@ -68,7 +66,7 @@ class HostOptions:
                 object.__setattr__(self, name, ",".join(map(str, several)))
             elif not isinstance(value, str) and value is not None:
                 expected, do = "a name, or several joined by commas", "Correct it."
-                raise ConfigError(explain(name, expected=expected, got=repr(value), do=do))
+                raise ConfigError(name, expected=expected, got=repr(value), do=do)
 
 
 OPTION_KEYS = frozenset(f.name for f in fields(HostOptions))
@@ -164,4 +162,4 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 def _bad_file(path: Path, got: str) -> ConfigError:
     do = "Write one 'key: value' a line, or JSON."
-    return ConfigError(explain(str(path), expected="a YAML or JSON mapping of VRPO settings", got=got, do=do))
+    return ConfigError(str(path), expected="a YAML or JSON mapping of VRPO settings", got=got, do=do)

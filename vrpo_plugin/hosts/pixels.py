@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vrpo_plugin.config import VRPOConfig
 from vrpo_plugin.encoders import Targets, identify, load_encoders
-from vrpo_plugin.errors import ConfigError, HostChangedError, explain
+from vrpo_plugin.errors import ConfigError, HostChangedError
 from vrpo_plugin.hosts.base import Session
 from vrpo_plugin.hosts.options import DEFAULT_ENCODER, HostOptions
 from vrpo_plugin.modules.critic import read_critic_sizes
@@ -43,21 +43,17 @@ def read_critic_targets(config: VRPOConfig, host: str) -> Targets:
     """
     if config.critic_checkpoint is None or config.critic_trainable:
         raise ConfigError(
-            explain(
-                "critic_checkpoint",
-                expected=f"a pretrained critic, and frozen: {host} trains on latents without their images",
-                got=f"{config.critic_checkpoint}, critic_trainable={config.critic_trainable}",
-                do="Write one with 'vrpo train-critic' on these latents, and set critic_trainable=false.",
-            )
+            "critic_checkpoint",
+            expected=f"a pretrained critic, and frozen: {host} trains on latents without their images",
+            got=f"{config.critic_checkpoint}, critic_trainable={config.critic_trainable}",
+            do="Write one with 'vrpo train-critic' on these latents, and set critic_trainable=false.",
         )
     if config.reward_coeff == 0 or not {"semantic", "perceptual"} & {*config.rewards}:
         raise ConfigError(
-            explain(
-                "reward_coeff, rewards",
-                expected=f"a reward of the critic, whose tokens are the targets of {host}: semantic or perceptual",
-                got=f"reward_coeff={config.reward_coeff}, rewards={config.rewards}",
-                do="Set reward_coeff above 0, and name one of these rewards.",
-            )
+            "reward_coeff, rewards",
+            expected=f"a reward of the critic, whose tokens are the targets of {host}: semantic or perceptual",
+            got=f"reward_coeff={config.reward_coeff}, rewards={config.rewards}",
+            do="Set reward_coeff above 0, and name one of these rewards.",
         )
     sizes = read_critic_sizes(Path(config.critic_checkpoint))
     return Targets(tuple(sizes["target_dims"]), tuple(sizes["token_grid"]), lambda images: ())
@@ -74,12 +70,10 @@ def tokens_from_pixels(session: Session, x0: Tensor) -> tuple[Tensor, ...]:
     if pixels is None or len(pixels) != len(x0):
         got = "none" if pixels is None else f"{len(pixels)} images"
         raise HostChangedError(
-            explain(
-                f"{session.spec.name}: pixels",
-                expected=f"AutoencoderKL.encode with this batch of {len(x0)} images just before the loss",
-                got=got,
-                do="Encode each batch by diffusers' AutoencoderKL, or call VRPOAligner in your own loop.",
-            )
+            f"{session.spec.name}: pixels",
+            expected=f"AutoencoderKL.encode with this batch of {len(x0)} images just before the loss",
+            got=got,
+            do="Encode each batch by diffusers' AutoencoderKL, or call VRPOAligner in your own loop.",
         )
     if session.cache.get("encoder device") != x0.device:
         encode.to(x0.device)

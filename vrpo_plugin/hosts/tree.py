@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vrpo_plugin.config import check_keys
-from vrpo_plugin.errors import HostNotFoundError, VRPOError, explain
+from vrpo_plugin.errors import HostNotFoundError, VRPOError
 from vrpo_plugin.hosts.base import HostSpec
 from vrpo_plugin.hosts.known import HOSTS, candidate, find_candidates, find_spec, no_host, require_folder
 from vrpo_plugin.patching.atomic import replace_bytes
@@ -48,7 +48,7 @@ def hosts_in(root: Path, name: str | None = None) -> list[Place]:
         chosen = candidate(root, spec)
         if chosen.missing:
             got, do = f"no {', '.join(chosen.missing)}", "Give the folder of a checkout of it, or another --host."
-            raise HostNotFoundError(explain(str(root), expected=f"{spec.repository} ({name})", got=got, do=do))
+            raise HostNotFoundError(str(root), expected=f"{spec.repository} ({name})", got=got, do=do)
         return [Place(spec, chosen.folder, spec.insertions)]
     candidates = find_candidates(root)
     complete = [one for one in candidates if not one.missing]
@@ -156,7 +156,7 @@ def _refuse_outside(root: Path, places: Sequence[Place]) -> None:
     for path in (place.folder / one.file for place in places for one in place.scripts):
         if os.path.isfile(path) and (real := outside(root, path)):
             do = "Give the folder that it leads to, or put a copy of the file in the link's place."
-            raise VRPOError(explain(str(path), expected=f"a file inside {root}", got=f"a link to {real}", do=do))
+            raise VRPOError(str(path), expected=f"a file inside {root}", got=f"a link to {real}", do=do)
 
 
 def _all_or_none(work: Callable[[Path, Insertion], SourceState], places: Sequence[Place]) -> list[SourceState]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vrpo_plugin.errors import HostChangedError, HostNotFoundError, explain
+from vrpo_plugin.errors import HostChangedError, HostNotFoundError
 from vrpo_plugin.hosts.aligner import HostAligner
 from vrpo_plugin.hosts.attach import align, install
 from vrpo_plugin.hosts.base import Aligned, HostSpec, Session
@@ -143,24 +143,20 @@ class ModelProxy:
 def patch_bypassed(spec: HostSpec, what: str) -> HostChangedError:
     """The error of a patch that changes nothing."""
     return HostChangedError(
-        explain(
-            f"{spec.name}: {what}",
-            expected="the patched loss to call the patched model",
-            got="a training step that bypassed the patch",
-            do="Run 'vrpo check' on the checkout; 'reward_coeff=0 features=host' trains without VRPO.",
-        )
+        f"{spec.name}: {what}",
+        expected="the patched loss to call the patched model",
+        got="a training step that bypassed the patch",
+        do="Run 'vrpo check' on the checkout; 'reward_coeff=0 features=host' trains without VRPO.",
     )
 
 
 def model_built_too_early(spec: HostSpec) -> HostNotFoundError:
     """The error of a model whose constructor ran before it was wrapped."""
     return HostNotFoundError(
-        explain(
-            f"{spec.name}: {spec.model_class}",
-            expected="a model made after VRPO was applied",
-            got="one without an aligner",
-            do="Apply below the imports of the script, before its model is made.",
-        )
+        f"{spec.name}: {spec.model_class}",
+        expected="a model made after VRPO was applied",
+        got="one without an aligner",
+        do="Apply below the imports of the script, before its model is made.",
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vrpo_plugin.config import VRPOConfig
-from vrpo_plugin.errors import ConfigError, ShapeError, explain
+from vrpo_plugin.errors import ConfigError, ShapeError
 from vrpo_plugin.functional.interpolant import time_like
 from vrpo_plugin.functional.policy import action_noise, coarse_sides, score_function_gradient
 from vrpo_plugin.functional.rewards import RewardState
@@ -46,12 +46,10 @@ def score_actions(
     """
     if generator is None:
         raise ConfigError(
-            explain(
-                "generator",
-                expected="a torch.Generator, for the actions that black-box rewards score",
-                got=None,
-                do="Pass aligner(..., generator=torch.Generator(device).manual_seed(seed)).",
-            )
+            "generator",
+            expected="a torch.Generator, for the actions that black-box rewards score",
+            got=None,
+            do="Pass aligner(..., generator=torch.Generator(device).manual_seed(seed)).",
         )
     mean = state.x0_hat.detach()
     noise = action_noise(mean, config.actions, config.action_grid, generator)
@@ -108,12 +106,10 @@ def call_reward(name: str, reward: Reward, state: RewardState) -> tuple[Tensor, 
         right = right and isinstance(scored, Tensor) and scored.shape == state.t.shape and scored.dtype == torch.bool
     if not right:
         raise ShapeError(
-            explain(
-                f"reward {name!r}",
-                expected=f"values (B={len(state.t)},), higher is better, and an optional boolean mask of that shape",
-                got=[described(x) for x in (result if isinstance(result, tuple) else (result,))],
-                do="Return one value per sample.",
-            )
+            f"reward {name!r}",
+            expected=f"values (B={len(state.t)},), higher is better, and an optional boolean mask of that shape",
+            got=[described(x) for x in (result if isinstance(result, tuple) else (result,))],
+            do="Return one value per sample.",
         )
     return value, scored
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vrpo_plugin.config import VRPOConfig, check_keys
-from vrpo_plugin.errors import ConfigError, HostNotFoundError, PatchConflictError, explain
+from vrpo_plugin.errors import ConfigError, HostNotFoundError, PatchConflictError
 from vrpo_plugin.functional.interpolant import clean_estimate
 from vrpo_plugin.functional.rewards import RewardState
 from vrpo_plugin.functional.schedules import schedule_left
@@ -145,7 +145,7 @@ class VRPOAligner(nn.Module):
         for name, given in {"rewards": rewards, "black_box_rewards": black_box_rewards}.items():
             if given is not None and not isinstance(given, Mapping):
                 do = "Name built-in rewards in config=VRPOConfig(rewards=...)."
-                raise ConfigError(explain(name, expected="a mapping from name to callable", got=repr(given), do=do))
+                raise ConfigError(name, expected="a mapping from name to callable", got=repr(given), do=do)
         self.depth = depth
         self.own_projectors = own_projectors
         self.layers = resolve_layers(self.config.layers, depth, encoder_depth=encoder_depth)
@@ -263,17 +263,15 @@ class VRPOAligner(nn.Module):
             return self
         if hasattr(model, "vrpo"):
             raise PatchConflictError(
-                explain("model.vrpo", expected="no aligner", got="another one", do="Call its detach(model).")
+                "model.vrpo", expected="no aligner", got="another one", do="Call its detach(model)."
             )
         blocks = getattr(model, "blocks", None) if blocks is None else blocks
         if not isinstance(blocks, nn.ModuleList) or len(blocks) != self.depth:
             raise HostNotFoundError(
-                explain(
-                    "model.blocks",
-                    expected=f"an nn.ModuleList of depth={self.depth} blocks",
-                    got=f"{len(blocks)} blocks" if isinstance(blocks, nn.ModuleList) else type(blocks).__name__,
-                    do="Set depth= to the model's, or pass blocks=.",
-                )
+                "model.blocks",
+                expected=f"an nn.ModuleList of depth={self.depth} blocks",
+                got=f"{len(blocks)} blocks" if isinstance(blocks, nn.ModuleList) else type(blocks).__name__,
+                do="Set depth= to the model's, or pass blocks=.",
             )
         if len(self.projectors):
             self.taps.install(model, blocks)
@@ -291,7 +289,7 @@ class VRPOAligner(nn.Module):
         """
         if getattr(model, "vrpo", None) is not self:
             raise HostNotFoundError(
-                explain("model.vrpo", expected="this aligner", got="none or another", do="Detach its own model.")
+                "model.vrpo", expected="this aligner", got="none or another", do="Detach its own model."
             )
         del model.vrpo
         self.taps.uninstall(model)
@@ -456,4 +454,4 @@ def _tuple(tensors: Any) -> tuple[Tensor, ...]:
 
 
 def _refuse(name: str, expected: str, got: object) -> NoReturn:
-    raise ConfigError(explain(name, expected=expected, got=repr(got), do="Correct it."))
+    raise ConfigError(name, expected=expected, got=repr(got), do="Correct it.")

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from vrpo_plugin.errors import ConfigError, HostNotFoundError, ShapeError, explain
+from vrpo_plugin.errors import ConfigError, HostNotFoundError, ShapeError
 
 logger = logging.getLogger("vrpo_plugin")
 
@@ -31,12 +31,10 @@ def sizes_of_model(model: nn.Module) -> dict[str, Any]:
         channels: Any = model.in_channels
     except (AttributeError, TypeError) as error:
         raise HostNotFoundError(
-            explain(
-                type(model).__name__,
-                expected="blocks, pos_embed, in_channels and x_embedder.img_size, as SiT and DiT have",
-                got=str(error),
-                do="Call VRPOAligner(hidden_dim=, depth=, latent_shape=, target_dims=) yourself.",
-            )
+            type(model).__name__,
+            expected="blocks, pos_embed, in_channels and x_embedder.img_size, as SiT and DiT have",
+            got=str(error),
+            do="Call VRPOAligner(hidden_dim=, depth=, latent_shape=, target_dims=) yourself.",
         ) from error
     return {
         "hidden_dim": position.shape[-1],
@@ -222,7 +220,7 @@ def check_times(t: Tensor) -> None:
     if not holds((inside | ~torch.isfinite(t)).all()):
         expected, got = "times in [0, 1], 0 = data and 1 = noise", f"{t.min().item():g} to {t.max().item():g}"
         do = "Divide timesteps by their number, and pass 1 - t where the model's time runs from noise to data."
-        raise ConfigError(explain("t", expected=expected, got=got, do=do))
+        raise ConfigError("t", expected=expected, got=got, do=do)
 
 
 def holds(condition: Tensor) -> bool:
@@ -285,8 +283,8 @@ def _latent_advice(given: object, x0: object) -> str:
 
 
 def _refuse(name: str, expected: str, got: object) -> NoReturn:
-    raise ConfigError(explain(name, expected=expected, got=repr(got), do="Correct it."))
+    raise ConfigError(name, expected=expected, got=repr(got), do="Correct it.")
 
 
 def _mismatch(name: str, expected: str, got: object, do: str = "") -> NoReturn:
-    raise ShapeError(explain(name, expected=expected, got=got, do=f"Pass the tensors of one batch. {do}".rstrip()))
+    raise ShapeError(name, expected=expected, got=got, do=f"Pass the tensors of one batch. {do}".rstrip())

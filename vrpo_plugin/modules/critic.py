@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from vrpo_plugin.errors import CheckpointError, ConfigError, ShapeError, explain
+from vrpo_plugin.errors import CheckpointError, ConfigError, ShapeError
 from vrpo_plugin.files import write_file
 from vrpo_plugin.functional.tensors import resample_tokens
 
@@ -79,12 +79,10 @@ class LatentCritic(nn.Module):
         super().__init__()
         if min(*latent_shape, *token_grid, *(target_dims or (0,)), width // 4) < 1:
             raise ConfigError(
-                explain(
-                    "critic sizes",
-                    expected="latent_shape, token_grid and target_dims >= 1, width >= 4",
-                    got=(latent_shape, token_grid, target_dims, width),
-                    do="Correct them.",
-                )
+                "critic sizes",
+                expected="latent_shape, token_grid and target_dims >= 1, width >= 4",
+                got=(latent_shape, token_grid, target_dims, width),
+                do="Correct them.",
             )
         self.latent_shape, self.target_dims = tuple(latent_shape), tuple(target_dims)
         self.token_grid = (token_grid[0], token_grid[1])
@@ -128,12 +126,10 @@ class LatentCritic(nn.Module):
         """
         if latent.ndim != 4 or tuple(latent.shape[1:]) != self.latent_shape:
             raise ShapeError(
-                explain(
-                    "latent",
-                    expected=f"(B, {', '.join(map(str, self.latent_shape))})",
-                    got=tuple(latent.shape),
-                    do="Build the critic with latent_shape= of your latents.",
-                )
+                "latent",
+                expected=f"(B, {', '.join(map(str, self.latent_shape))})",
+                got=tuple(latent.shape),
+                do="Build the critic with latent_shape= of your latents.",
             )
         latent = latent.to(next(self.parameters()).dtype)
         h = rearrange(latent, "b c (h p) (w q) -> b (c p q) h w", p=self.fold, q=self.fold)
@@ -168,12 +164,10 @@ def load_critic_weights(critic: LatentCritic, path: Path) -> dict[str, Any]:
     weights, sizes, record = _read_critic(path)
     if sizes != critic.sizes() or weights.keys() != critic.state_dict().keys():
         raise CheckpointError(
-            explain(
-                str(path),
-                expected=f"a critic of sizes {critic.sizes()}",
-                got=sizes,
-                do="Train a critic for these latents, this encoder and this critic_width.",
-            )
+            str(path),
+            expected=f"a critic of sizes {critic.sizes()}",
+            got=sizes,
+            do="Train a critic for these latents, this encoder and this critic_width.",
         )
     critic.load_state_dict(weights)
     return record
@@ -198,12 +192,10 @@ def check_purpose(path: Path, record: dict[str, Any], wanted: CriticPurpose) -> 
     }
     if unlike:
         raise CheckpointError(
-            explain(
-                str(path),
-                expected=", ".join(f"a critic of {name} {value}" for name, (value, _) in unlike.items()),
-                got=", ".join(str(value) for _, value in unlike.values()),
-                do="Train one for this run with 'vrpo train-critic', or bring the run to what the critic was made for.",
-            )
+            str(path),
+            expected=", ".join(f"a critic of {name} {value}" for name, (value, _) in unlike.items()),
+            got=", ".join(str(value) for _, value in unlike.values()),
+            do="Train one for this run with 'vrpo train-critic', or bring the run to what the critic was made for.",
         )
 
 
@@ -226,7 +218,7 @@ def _read_critic(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[st
         return weights, json.loads(metadata["vrpo_critic"]), json.loads(metadata["record"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(
-            explain(str(path), expected="a critic file", got=repr(error), do="Write one with 'vrpo train-critic'.")
+            str(path), expected="a critic file", got=repr(error), do="Write one with 'vrpo train-critic'."
         ) from error
 
 

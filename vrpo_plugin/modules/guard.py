@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vrpo_plugin.errors import ConfigError, explain
+from vrpo_plugin.errors import ConfigError
 from vrpo_plugin.modules.standstill import ZeroGradients
 
 
@@ -31,7 +31,7 @@ class NonFiniteGuard:
     def __init__(self, optimizer: Optimizer, model: nn.Module, *, scaler: torch.amp.GradScaler | None = None) -> None:
         if not all(group.get("fused") for group in optimizer.param_groups):
             raise ConfigError(
-                explain("optimizer", expected="a fused one", got=type(optimizer).__name__, do="Pass fused=True to it.")
+                "optimizer", expected="a fused one", got=type(optimizer).__name__, do="Pass fused=True to it."
             )
         self.optimizer, self.model, self.scaler = optimizer, model, scaler
         self.kept: list[Tensor] = []

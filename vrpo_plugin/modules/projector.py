@@ -3,7 +3,7 @@
 from einops import rearrange
 from torch import Tensor, nn
 
-from vrpo_plugin.errors import ConfigError, explain
+from vrpo_plugin.errors import ConfigError
 from vrpo_plugin.functional.tensors import grid_like
 
 
@@ -53,7 +53,7 @@ def build_projector(
     if kind == "conv":
         return ConvProjector(hidden_dim, target_dim, sides=sides)
     if kind != "mlp":
-        raise ConfigError(explain("projector", expected="mlp or conv", got=repr(kind), do="Choose one of these."))
+        raise ConfigError("projector", expected="mlp or conv", got=repr(kind), do="Choose one of these.")
     projector = nn.Sequential(
         nn.Linear(hidden_dim, projector_dim),
         nn.SiLU(),

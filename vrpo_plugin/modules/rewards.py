@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from vrpo_plugin.config import BUILTIN_REWARDS, VRPOConfig
-from vrpo_plugin.errors import ConfigError, explain
+from vrpo_plugin.errors import ConfigError
 from vrpo_plugin.functional.rewards import RewardState, feature_distance, fidelity_reward, semantic_reward
 from vrpo_plugin.functional.tensors import finite_or_zero
 from vrpo_plugin.modules.actions import Actions, Reward, call_reward, marked, mean_of_actions
@@ -46,9 +46,7 @@ class RewardTable:
     ) -> None:
         clash = ({*rewards, *black_box_rewards} & {*BUILTIN_REWARDS}) | ({*rewards} & {*black_box_rewards})
         if clash:
-            raise ConfigError(
-                explain("rewards", expected="distinct names", got=sorted(clash), do="Rename your reward.")
-            )
+            raise ConfigError("rewards", expected="distinct names", got=sorted(clash), do="Rename your reward.")
         self.built_in, self.custom, self.black_boxes = config.rewards, dict(rewards), dict(black_box_rewards)
         self.names = (*self.built_in, *self.custom, *self.black_boxes)
         self.watched = self.names if "fidelity" in self.names else (*self.names, "fidelity")
@@ -69,7 +67,7 @@ class RewardTable:
             shares = dict(config.reward_weights)
         if set(shares) != set(self.names):
             expected = f"one share for each of {self.names}"
-            raise ConfigError(explain("reward_weights", expected=expected, got=shares, do="Name every reward."))
+            raise ConfigError("reward_weights", expected=expected, got=shares, do="Name every reward.")
         # In Python's float64, where shares of any size have a sum, and in units of the largest, where theirs is finite.
         largest = max(shares.values())
         values = [shares[name] / largest for name in self.names]
@@ -113,7 +111,5 @@ def _with_gradient(name: str, reward: Reward, state: RewardState) -> Tensor:
     value, scored = call_reward(name, reward, replace(state, x0_hat=x0_hat))
     if x0_hat.requires_grad and not value.requires_grad:
         expected = "a value with a gradient to state.x0_hat"
-        raise ConfigError(
-            explain(f"reward {name!r}", expected=expected, got="none", do="Pass it in black_box_rewards=.")
-        )
+        raise ConfigError(f"reward {name!r}", expected=expected, got="none", do="Pass it in black_box_rewards=.")
     return marked(value, scored)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vrpo_plugin.config import VRPOConfig
-from vrpo_plugin.errors import ConfigError, PatchConflictError, explain
+from vrpo_plugin.errors import ConfigError, PatchConflictError
 from vrpo_plugin.modules.checks import holds
 from vrpo_plugin.modules.collapse import describe_collapse
 
@@ -229,25 +229,21 @@ class WrapperCheck:
         """
         if self._unseen and torch.is_grad_enabled() and _active_wrapper() is None:
             raise ConfigError(
-                explain(
-                    "DistributedDataParallel(find_unused_parameters=True)",
-                    expected="the aligner to be called inside the wrapped module's forward",
-                    got="a call outside, whose parameters count as unused",
-                    do="Take find_unused_parameters=False: all are used. Or wrap a module whose forward calls both, as "
-                    "TrainingStep in examples/train_parts.py.",
-                )
+                "DistributedDataParallel(find_unused_parameters=True)",
+                expected="the aligner to be called inside the wrapped module's forward",
+                got="a call outside, whose parameters count as unused",
+                do="Take find_unused_parameters=False: all are used. Or wrap a module whose forward calls both, as "
+                "TrainingStep in examples/train_parts.py.",
             )
 
 
 def wrapped_too_early(wrapper: nn.Module) -> PatchConflictError:
     """The error of an aligner that is attached to a model that DDP has wrapped."""
     return PatchConflictError(
-        explain(
-            "aligner.attach(model)",
-            expected=f"a call before {type(wrapper).__name__} wraps the model",
-            got="one after it: the processes would train aligners of their own",
-            do="Attach first; then make the EMA copy, DDP and the optimizer.",
-        )
+        "aligner.attach(model)",
+        expected=f"a call before {type(wrapper).__name__} wraps the model",
+        got="one after it: the processes would train aligners of their own",
+        do="Attach first; then make the EMA copy, DDP and the optimizer.",
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vrpo_plugin.errors import ConfigError, HostNotFoundError, explain
+from vrpo_plugin.errors import ConfigError, HostNotFoundError
 from vrpo_plugin.modules.standstill import WrapperCheck
 
 
@@ -35,19 +35,15 @@ def resolve_layers(
     if layers == "middle":
         return (max(1, round(depth / 2)),)
     if encoder_depth is not None and not isinstance(encoder_depth, Integral):
-        raise ConfigError(
-            explain("encoder_depth", expected="a block number", got=repr(encoder_depth), do="Correct it.")
-        )
+        raise ConfigError("encoder_depth", expected="a block number", got=repr(encoder_depth), do="Correct it.")
     early = max(1, round(depth / 3)) if encoder_depth is None else encoder_depth
     chosen = (early,) if layers == "early" else tuple(layers)
     if not chosen or any(not 1 <= i <= depth for i in chosen) or len(set(chosen)) != len(chosen):
         raise ConfigError(
-            explain(
-                "layers",
-                expected=f"distinct block numbers from 1 to {depth}",
-                got=chosen,
-                do='Choose such blocks, or "early".',
-            )
+            "layers",
+            expected=f"distinct block numbers from 1 to {depth}",
+            got=chosen,
+            do='Choose such blocks, or "early".',
         )
     return tuple(sorted(chosen))
 
@@ -134,12 +130,10 @@ class Taps:
             tap.armed, tap.hidden = False, None
         if len(hidden) != len(self.taps):
             raise HostNotFoundError(
-                explain(
-                    "hidden tokens",
-                    expected=f"blocks {self.layers} to have run with gradients since the last call",
-                    got=f"{len(hidden)} of {len(self.taps)} taps fired",
-                    do="Call aligner.attach(model) once, then model(...) before aligner(...), with use_reentrant=False "
-                    "where activations are checkpointed; or pass hidden=.",
-                )
+                "hidden tokens",
+                expected=f"blocks {self.layers} to have run with gradients since the last call",
+                got=f"{len(hidden)} of {len(self.taps)} taps fired",
+                do="Call aligner.attach(model) once, then model(...) before aligner(...), with use_reentrant=False "
+                "where activations are checkpointed; or pass hidden=.",
             )
         return hidden

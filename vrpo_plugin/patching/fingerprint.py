@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from vrpo_plugin.errors import HostChangedError, HostNotFoundError, VRPOError, explain
+from vrpo_plugin.errors import HostChangedError, HostNotFoundError, VRPOError
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 Status = Literal["known", "changed", "signature", "missing"]
@@ -86,12 +86,10 @@ def read_tree(path: Path) -> ast.Module:
         source = path.read_bytes()
     except OSError as error:
         raise HostNotFoundError(
-            explain(
-                str(path),
-                expected="a readable file of the host",
-                got=error.strerror or type(error).__name__,
-                do="Give the root folder of a supported checkout.",
-            )
+            str(path),
+            expected="a readable file of the host",
+            got=error.strerror or type(error).__name__,
+            do="Give the root folder of a supported checkout.",
         ) from error
     try:
         with warnings.catch_warnings():
@@ -269,7 +267,7 @@ def _canonical(value: object) -> str:
 def _no_source(path: Path, error: Exception) -> HostChangedError:
     got = f"{type(error).__name__}: {error}"
     do = "Check the file out again, or use the Python version that it is written for."
-    return HostChangedError(explain(str(path), expected="Python source", got=got, do=do))
+    return HostChangedError(str(path), expected="Python source", got=got, do=do)
 
 
 def _refusal(root: Path, finding: Finding) -> VRPOError:
@@ -278,17 +276,15 @@ def _refusal(root: Path, finding: Finding) -> VRPOError:
     commits = " or ".join(point.fingerprints) or "(none named)"
     do = f"Check out a known commit, or run '{shlex.join(['vrpo', 'check', str(root)])}'"
     if finding.status == "missing":
-        return HostNotFoundError(
-            explain(subject, expected=f"it as in commit {commits}", got=finding.reason, do=f"{do}.")
-        )
+        return HostNotFoundError(subject, expected=f"it as in commit {commits}", got=finding.reason, do=f"{do}.")
     if finding.status == "signature":
         expected = f"parameters ({', '.join(point.parameters)}) as in commit {commits}"
         got = f"({', '.join(finding.parameters)})"
         do = f"{do}; allow_unverified does not waive a changed signature."
-        return HostChangedError(explain(subject, expected=expected, got=got, do=do))
+        return HostChangedError(subject, expected=expected, got=got, do=do)
     added = [name for name in finding.parameters if name not in point.parameters]
     got = f"another body (fingerprint {finding.fingerprint[:12]})"
     if added:
         got += f" with more parameters, which have defaults ({', '.join(added)})"
     do = f"{do}; allow_unverified=True (VRPO_ALLOW_UNVERIFIED=1) accepts it."
-    return HostChangedError(explain(subject, expected=f"the source of commit {commits}", got=got, do=do))
+    return HostChangedError(subject, expected=f"the source of commit {commits}", got=got, do=do)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from types import FunctionType, ModuleType, TracebackType
 from typing import Any
 
-from vrpo_plugin.errors import HostNotFoundError, PatchConflictError, explain
+from vrpo_plugin.errors import HostNotFoundError, PatchConflictError
 
 MARKER = "__vrpo_patch__"
 _ABSENT = object()
@@ -108,12 +108,10 @@ class PatchHandle:
         for replacement in self._replacements:
             if not replacement.is_on_top():
                 raise PatchConflictError(
-                    explain(
-                        f"remove {self.name!r}: {replacement.seam.label}",
-                        expected="the replacement of this patch",
-                        got="one that was put there later",
-                        do="Remove the later one first.",
-                    )
+                    f"remove {self.name!r}: {replacement.seam.label}",
+                    expected="the replacement of this patch",
+                    got="one that was put there later",
+                    do="Remove the later one first.",
                 )
         self._undo()
         _active.remove(self)
@@ -187,13 +185,11 @@ def _live_handle(name: str, config: Any, seams: Sequence[Seam]) -> PatchHandle |
             continue
         if live.config != config:
             raise PatchConflictError(
-                explain(
-                    f"patch {name!r}",
-                    expected="the configuration in force, or no live patch of that name",
-                    got=_difference(live.config, config),
-                    do="Call remove() on the handle that the first call returned (active_handles() lists it), "
-                    "then apply again.",
-                )
+                f"patch {name!r}",
+                expected="the configuration in force, or no live patch of that name",
+                got=_difference(live.config, config),
+                do="Call remove() on the handle that the first call returned (active_handles() lists it), "
+                "then apply again.",
             )
         if {_place(one.seam) for one in live._replacements} == {_place(seam) for seam in seams}:
             return live
@@ -203,28 +199,26 @@ def _live_handle(name: str, config: Any, seams: Sequence[Seam]) -> PatchHandle |
 def _verify(name: str, seams: Sequence[Seam]) -> None:
     if not seams:
         do = "Import the host's classes first, and give at least one seam."
-        raise HostNotFoundError(
-            explain(f"patch {name!r}", expected="something to replace", got="nothing to patch", do=do)
-        )
+        raise HostNotFoundError(f"patch {name!r}", expected="something to replace", got="nothing to patch", do=do)
     places = set()
     for seam in seams:
         if not isinstance(seam.owner, (type, ModuleType)):
             do = "Give the class itself, or the module."
-            raise HostNotFoundError(explain(seam.label, expected="a class or a module", got=repr(seam.owner), do=do))
+            raise HostNotFoundError(seam.label, expected="a class or a module", got=repr(seam.owner), do=do)
         current = _current(seam)
         if current is _ABSENT and seam.required:
             got = f"no attribute {seam.name!r} on {seam.owner.__name__}"
             do = "Use a supported version of the host."
-            raise HostNotFoundError(explain(seam.label, expected="an attribute to replace", got=got, do=do))
+            raise HostNotFoundError(seam.label, expected="an attribute to replace", got=got, do=do)
         holder = _holder(current)
         if holder is not None:
             do = "Call remove() on that patch's handle first (active_handles() lists it)."
             raise PatchConflictError(
-                explain(seam.label, expected="an attribute not yet patched", got=f"the patch {holder!r}", do=do)
+                seam.label, expected="an attribute not yet patched", got=f"the patch {holder!r}", do=do
             )
         if _place(seam) in places:
             do = "Do both in one wrap."
-            raise PatchConflictError(explain(seam.label, expected="one seam per attribute", got="two", do=do))
+            raise PatchConflictError(seam.label, expected="one seam per attribute", got="two", do=do)
         places.add(_place(seam))
 
 
@@ -235,7 +229,7 @@ def _replacement(name: str, seam: Seam) -> _Replacement:
     if new is None or new is original:
         got = "None" if new is None else "the original"
         do = "Return the new attribute from wrap."
-        raise PatchConflictError(explain(seam.label, expected="a replacement", got=got, do=do))
+        raise PatchConflictError(seam.label, expected="a replacement", got=got, do=do)
     link: dict[str, Any] = {}
     function = _function_of(new)
     if function is not None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vrpo_plugin.errors import CheckpointError, ConfigError, explain
+from vrpo_plugin.errors import CheckpointError, ConfigError
 from vrpo_plugin.files import sync
 
 FORMAT = 1
@@ -138,11 +138,11 @@ def _check_arguments(step: int, tensors: Mapping[str, object], state: Mapping[st
     if step < 0 or (keep_last is not None and keep_last < 1):
         got = f"step {step}, keep_last {keep_last}"
         expected = "step >= 0 and keep_last >= 1 or None"
-        raise ConfigError(explain("checkpoint", expected=expected, got=got, do="Correct the number."))
+        raise ConfigError("checkpoint", expected=expected, got=got, do="Correct the number.")
     for group in tensors:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", group):
             expected = "letters, digits, _ and -"
-            raise ConfigError(explain("group of tensors", expected=expected, got=repr(group), do="Rename it."))
+            raise ConfigError("group of tensors", expected=expected, got=repr(group), do="Rename it.")
     _check_json(dict(state), "state")
 
 
@@ -157,7 +157,7 @@ def _check_json(value: object, where: str) -> None:
         # json.dumps would turn tuples into lists and integer keys into strings without a word.
         expected = "JSON: dict with string keys, list, str, int, float, bool or None"
         got = f"{type(value).__name__} {value!r}"
-        raise ConfigError(explain(where, expected=expected, got=got, do="Convert it first."))
+        raise ConfigError(where, expected=expected, got=got, do="Convert it first.")
 
 
 def _clear_leftovers(root: Path) -> None:
@@ -227,4 +227,4 @@ def _sha256(file: Path) -> str:
 
 def _damaged(file: Path, expected: object, got: object) -> CheckpointError:
     do = "Resume from another checkpoint, or copy this one again."
-    return CheckpointError(explain(str(file), expected=expected, got=got, do=do))
+    return CheckpointError(str(file), expected=expected, got=got, do=do)

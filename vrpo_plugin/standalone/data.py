@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from vrpo_plugin.errors import ConfigError, explain
+from vrpo_plugin.errors import ConfigError
 from vrpo_plugin.functional.interpolant import PATH_TYPES, PathType
 from vrpo_plugin.standalone.sources import Source, data_error
 
@@ -61,13 +61,13 @@ class TrainingSamples(Dataset[dict[str, Tensor]]):
     ) -> None:
         for name, value in (("flip_prob", flip_prob), ("label_drop_prob", label_drop_prob)):
             if not 0 <= value <= 1:
-                raise ConfigError(explain(name, expected="a probability", got=value, do="Choose from 0 to 1."))
+                raise ConfigError(name, expected="a probability", got=value, do="Choose from 0 to 1.")
         for name, choice, choices in (
             ("time_sampling", time_sampling, TIME_SAMPLINGS),
             ("path_type", path_type, PATH_TYPES),
         ):
             if choice not in choices:
-                raise ConfigError(explain(name, expected=f"one of {choices}", got=repr(choice), do="Choose one."))
+                raise ConfigError(name, expected=f"one of {choices}", got=repr(choice), do="Choose one.")
         self.source, self.seed = source, seed
         self.flip_prob, self.label_drop_prob = flip_prob, label_drop_prob
         self.time_sampling, self.path_type = time_sampling, path_type
@@ -129,10 +129,10 @@ class PositionBatchSampler(Sampler[list[int]]):
     ) -> None:
         if world_size < 1 or batch_size < 1 or batch_size % world_size:
             expected = f"a positive multiple of the {world_size} processes"
-            raise ConfigError(explain("batch_size", expected=expected, got=batch_size, do="Change either."))
+            raise ConfigError("batch_size", expected=expected, got=batch_size, do="Change either.")
         if not (0 <= rank < world_size and 0 <= start_batch <= num_batches):
             got = f"rank {rank} of {world_size}, start_batch {start_batch} of {num_batches}"
-            raise ConfigError(explain("sampler", expected="numbers in range", got=got, do="Correct them."))
+            raise ConfigError("sampler", expected="numbers in range", got=got, do="Correct them.")
         self._batches = range(start_batch, num_batches)
         self._batch_size, self._rank, self._share = batch_size, rank, batch_size // world_size
 

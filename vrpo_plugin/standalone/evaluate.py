@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vrpo_plugin.errors import ConfigError, explain
+from vrpo_plugin.errors import ConfigError
 from vrpo_plugin.settings import build
 from vrpo_plugin.standalone.features import FeatureNetwork, extract_features
 from vrpo_plugin.standalone.frechet import FeatureStatistics, frechet_distance
@@ -63,7 +63,7 @@ class EvalProtocol:
         }
         for name, (valid, expected) in ranges.items():
             if not valid:
-                raise ConfigError(explain(name, expected=expected, got=getattr(self, name), do="Correct the protocol."))
+                raise ConfigError(name, expected=expected, got=getattr(self, name), do="Correct the protocol.")
 
     @property
     def name(self) -> str:
@@ -103,12 +103,10 @@ class EvalResult:
             return build(cls, json.loads(text), "evaluation result")
         except (json.JSONDecodeError, ConfigError) as error:
             raise ConfigError(
-                explain(
-                    "evaluation result",
-                    expected="the JSON that EvalResult.to_json wrote",
-                    got=f"{type(error).__name__}: {error}",
-                    do="Evaluate again with this version.",
-                )
+                "evaluation result",
+                expected="the JSON that EvalResult.to_json wrote",
+                got=f"{type(error).__name__}: {error}",
+                do="Evaluate again with this version.",
             ) from error
 
 
@@ -129,12 +127,10 @@ def compare(a: EvalResult, b: EvalResult) -> dict[str, float]:
     unlike = [f"{name} ({ours[name]} and {theirs[name]})" for name in ours if ours[name] != theirs[name]]
     if unlike:
         raise ConfigError(
-            explain(
-                "compare",
-                expected="two results of one protocol",
-                got=f"different {', '.join(unlike)}",
-                do="Evaluate both under one protocol.",
-            )
+            "compare",
+            expected="two results of one protocol",
+            got=f"different {', '.join(unlike)}",
+            do="Evaluate both under one protocol.",
         )
     metrics = (f.name for f in fields(EvalResult) if f.name != "protocol")
     return {name: getattr(b, name) - getattr(a, name) for name in metrics}
@@ -169,12 +165,10 @@ def evaluate(
     wrong = {key: value for key, value in found.items() if promised[key] != value}
     if wrong:
         raise ConfigError(
-            explain(
-                "evaluate",
-                expected={key: promised[key] for key in wrong},
-                got=wrong,
-                do="Correct the protocol, or what is evaluated.",
-            )
+            "evaluate",
+            expected={key: promised[key] for key in wrong},
+            got=wrong,
+            do="Correct the protocol, or what is evaluated.",
         )
     distance = frechet_distance(FeatureStatistics.from_features(real), FeatureStatistics.from_features(generated))
     neighbourhoods = precision_recall(real, generated, k=protocol.k)

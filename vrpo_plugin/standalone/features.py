@@ -7,7 +7,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from vrpo_plugin.errors import DataError, ShapeError, explain
+from vrpo_plugin.errors import DataError, ShapeError
 from vrpo_plugin.standalone.small_network import (
     SmallFeatureNetwork,
     load_small_features,
@@ -97,14 +97,12 @@ def extract_features(network: FeatureNetwork, images: Tensor | Iterable[Tensor],
         for batch in batches:
             features += [network(part).float().cpu() for part in batch.split(batch_size) if len(part)]
     if not features:
-        raise DataError(explain("images", expected="at least one", got="none", do="Pass images."))
+        raise DataError("images", expected="at least one", got="none", do="Pass images.")
     if features[0].ndim != 2:
         raise ShapeError(
-            explain(
-                "feature network",
-                expected="pooled features (B, D)",
-                got=tuple(features[0].shape),
-                do="Pool the tokens, for instance with TokenMean.",
-            )
+            "feature network",
+            expected="pooled features (B, D)",
+            got=tuple(features[0].shape),
+            do="Pool the tokens, for instance with TokenMean.",
         )
     return torch.cat(features)

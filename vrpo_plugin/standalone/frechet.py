@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from vrpo_plugin.errors import DataError, ShapeError, explain
+from vrpo_plugin.errors import DataError, ShapeError
 from vrpo_plugin.files import write_file
 
 logger = logging.getLogger(__name__)
@@ -37,21 +37,17 @@ class FeatureStatistics:
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.float64))
         if self.mean.ndim != 1 or self.covariance.shape != (self.mean.size, self.mean.size):
             raise ShapeError(
-                explain(
-                    "feature statistics",
-                    expected="mean (D,) and covariance (D, D)",
-                    got=f"{self.mean.shape} and {self.covariance.shape}",
-                    do="Pass the statistics of one set of pooled features.",
-                )
+                "feature statistics",
+                expected="mean (D,) and covariance (D, D)",
+                got=f"{self.mean.shape} and {self.covariance.shape}",
+                do="Pass the statistics of one set of pooled features.",
             )
         if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
             raise DataError(
-                explain(
-                    "feature statistics",
-                    expected="finite values",
-                    got="NaN or infinity",
-                    do="Look for NaN in the generated images.",
-                )
+                "feature statistics",
+                expected="finite values",
+                got="NaN or infinity",
+                do="Look for NaN in the generated images.",
             )
 
     @classmethod
@@ -67,12 +63,10 @@ class FeatureStatistics:
         features = np.asarray(features, dtype=np.float64)
         if features.ndim != 2 or len(features) < 2:
             raise ShapeError(
-                explain(
-                    "features",
-                    expected="(N, D) with N >= 2",
-                    got=features.shape,
-                    do="Pass one pooled feature vector per image.",
-                )
+                "features",
+                expected="(N, D) with N >= 2",
+                got=features.shape,
+                do="Pass one pooled feature vector per image.",
             )
         # An infinite feature would make numpy warn before the constructor could refuse the result.
         with np.errstate(invalid="ignore"):
@@ -99,12 +93,10 @@ class FeatureStatistics:
             if isinstance(error, DataError | ShapeError):
                 raise
             raise DataError(
-                explain(
-                    str(path),
-                    expected="an .npz file with the arrays mu and sigma",
-                    got=f"{type(error).__name__}: {error}",
-                    do="Write it with FeatureStatistics.save, or take a file of pytorch-fid or ADM.",
-                )
+                str(path),
+                expected="an .npz file with the arrays mu and sigma",
+                got=f"{type(error).__name__}: {error}",
+                do="Write it with FeatureStatistics.save, or take a file of pytorch-fid or ADM.",
             ) from error
 
 
@@ -129,12 +121,10 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
     if a.mean.shape != b.mean.shape:
         raise ShapeError(
-            explain(
-                "frechet_distance",
-                expected="two statistics of one dimension",
-                got=f"D = {a.mean.size} and D = {b.mean.size}",
-                do="Compute both with the same feature network.",
-            )
+            "frechet_distance",
+            expected="two statistics of one dimension",
+            got=f"D = {a.mean.size} and D = {b.mean.size}",
+            do="Compute both with the same feature network.",
         )
     for statistics in (a, b):
         if statistics.count is not None and statistics.count <= statistics.mean.size:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vrpo_plugin.errors import ConfigError, DataError, ShapeError, explain
+from vrpo_plugin.errors import ConfigError, DataError, ShapeError
 from vrpo_plugin.functional.tensors import widest_dtype
 
 
@@ -68,29 +68,23 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
 def _check(real: Tensor, generated: Tensor, k: int, chunk_size: int) -> None:
     if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
         raise ShapeError(
-            explain(
-                "precision_recall",
-                expected="features (N, D) and (M, D)",
-                got=f"{tuple(real.shape)} and {tuple(generated.shape)}",
-                do="Pass pooled features of one network.",
-            )
+            "precision_recall",
+            expected="features (N, D) and (M, D)",
+            got=f"{tuple(real.shape)} and {tuple(generated.shape)}",
+            do="Pass pooled features of one network.",
         )
     smallest = min(len(real), len(generated))
     if not 1 <= k < smallest or chunk_size < 1:
         raise ConfigError(
-            explain(
-                "precision_recall",
-                expected=f"1 <= k < {smallest} (the smaller set) and chunk_size >= 1",
-                got=f"k={k}, chunk_size={chunk_size}",
-                do="Generate more samples, or take a smaller k.",
-            )
+            "precision_recall",
+            expected=f"1 <= k < {smallest} (the smaller set) and chunk_size >= 1",
+            got=f"k={k}, chunk_size={chunk_size}",
+            do="Generate more samples, or take a smaller k.",
         )
     if not (real.isfinite().all() and generated.isfinite().all()):
         raise DataError(
-            explain(
-                "precision_recall",
-                expected="finite features",
-                got="NaN or infinity",
-                do="Look for NaN in the generated images.",
-            )
+            "precision_recall",
+            expected="finite features",
+            got="NaN or infinity",
+            do="Look for NaN in the generated images.",
         )

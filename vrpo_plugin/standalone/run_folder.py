@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vrpo_plugin._version import __version__
-from vrpo_plugin.errors import CheckpointError, ConfigError, NonFiniteError, explain
+from vrpo_plugin.errors import CheckpointError, ConfigError, NonFiniteError
 from vrpo_plugin.files import write_file
 from vrpo_plugin.standalone.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from vrpo_plugin.standalone.evaluate import EvalProtocol, EvalResult
@@ -58,12 +58,10 @@ class RunFolder:
             return
         if not self.resume or not recorded.exists():
             raise ConfigError(
-                explain(
-                    str(self.path),
-                    expected="a new or empty folder",
-                    got="another run's files",
-                    do="Choose another --exp-name, or pass --resume to go on with that run.",
-                )
+                str(self.path),
+                expected="a new or empty folder",
+                got="another run's files",
+                do="Choose another --exp-name, or pass --resume to go on with that run.",
             )
         former = json.loads(recorded.read_text(encoding="utf-8"))["settings"]
         unlike = [
@@ -73,12 +71,7 @@ class RunFolder:
         ]
         if unlike:
             raise ConfigError(
-                explain(
-                    str(self.path),
-                    expected="the settings that the run began with",
-                    got="; ".join(unlike),
-                    do="Use them.",
-                )
+                str(self.path), expected="the settings that the run began with", got="; ".join(unlike), do="Use them."
             )
 
     def start(self) -> None:
@@ -109,7 +102,7 @@ class RunFolder:
             write_file(path, "".join(lines[:step]))
         if len(lines) < step:
             raise CheckpointError(
-                explain(str(path), expected=f"{step} lines", got=len(lines), do="Restore it, or start a new run.")
+                str(path), expected=f"{step} lines", got=len(lines), do="Restore it, or start a new run."
             )
 
     def append_metrics(self, rows: list[dict[str, float | int | None]]) -> None:
@@ -217,10 +210,8 @@ class SkippedSteps:
                 counted = [name for name, value in self.first.items() if "nonfinite" in name and value]
                 unknown = [name for name, value in self.first.items() if value is None]
                 raise NonFiniteError(
-                    explain(
-                        f"step {self.first['step']}",
-                        expected=f"at most {self.limit} steps in a row that are not finite",
-                        got=f"{self.in_a_row}, beginning with {', '.join(counted + unknown)}",
-                        do="Weights and moments are those before that step: look at what is named there.",
-                    )
+                    f"step {self.first['step']}",
+                    expected=f"at most {self.limit} steps in a row that are not finite",
+                    got=f"{self.in_a_row}, beginning with {', '.join(counted + unknown)}",
+                    do="Weights and moments are those before that step: look at what is named there.",
                 )

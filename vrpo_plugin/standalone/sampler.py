@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vrpo_plugin.errors import ConfigError, explain
+from vrpo_plugin.errors import ConfigError
 from vrpo_plugin.functional.interpolant import (
     PATH_TYPES,
     PathType,
@@ -87,15 +87,13 @@ def _check_sampling(
 ) -> None:
     _check_choice("solver", solver, SOLVERS)
     if not (num_steps >= 1 and num_steps == int(num_steps)):
-        raise ConfigError(explain("num_steps", expected="at least 1", got=num_steps, do="Correct it."))
+        raise ConfigError("num_steps", expected="at least 1", got=num_steps, do="Correct it.")
     if not 1 <= guidance_scale < math.inf:
         do = "1 is no guidance."
-        raise ConfigError(explain("guidance_scale", expected="at least 1", got=guidance_scale, do=do))
+        raise ConfigError("guidance_scale", expected="at least 1", got=guidance_scale, do=do)
     low, high = guidance_interval
     if not 0 <= low <= high <= 1:
-        raise ConfigError(
-            explain("guidance_interval", expected="0 <= low <= high <= 1", got=(low, high), do="Correct it.")
-        )
+        raise ConfigError("guidance_interval", expected="0 <= low <= high <= 1", got=(low, high), do="Correct it.")
 
 
 @dataclass(frozen=True)
@@ -145,9 +143,7 @@ def _solve_sde(
     field: _Field, x: Tensor, num_steps: int, path_type: PathType, generator: torch.Generator | None
 ) -> Tensor:
     if generator is None:
-        raise ConfigError(
-            explain("generator", expected="a torch.Generator", got=None, do="Pass a seeded one for the SDE.")
-        )
+        raise ConfigError("generator", expected="a torch.Generator", got=None, do="Pass a seeded one for the SDE.")
     times = _times(1.0, LAST_STOCHASTIC_TIME, num_steps)
     for t, t_next in pairwise([*times, 0.0]):
         velocity = field(x, t, step_start=t)
@@ -176,12 +172,10 @@ def _null_labels(model: Callable[..., Any], y: Tensor | None, scale: float, null
         null_label = getattr(model, "null_label", None)
     if y is None or null_label is None:
         raise ConfigError(
-            explain(
-                f"guidance_scale={scale}",
-                expected="labels y and a null_label",
-                got=f"y {'missing' if y is None else 'given'}, null_label={null_label}",
-                do="Pass both, or guidance_scale=1.",
-            )
+            f"guidance_scale={scale}",
+            expected="labels y and a null_label",
+            got=f"y {'missing' if y is None else 'given'}, null_label={null_label}",
+            do="Pass both, or guidance_scale=1.",
         )
     return torch.full_like(y, null_label)
 
@@ -201,4 +195,4 @@ def _eval_mode(model: Callable[..., Any]) -> Iterator[None]:
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ConfigError(explain(name, expected=f"one of {choices}", got=repr(value), do="Choose one of these."))
+        raise ConfigError(name, expected=f"one of {choices}", got=repr(value), do="Choose one of these.")

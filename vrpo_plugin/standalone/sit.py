@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vrpo_plugin.errors import ConfigError, ShapeError, explain
+from vrpo_plugin.errors import ConfigError, ShapeError
 
 SIT_MODELS: dict[str, dict[str, int]] = {
     f"SiT-{size}/{patch_size}": {
@@ -51,9 +51,7 @@ def create_sit(name: str, **overrides: Any) -> "SiT":
     """
     if name not in SIT_MODELS:
         nearest = difflib.get_close_matches(name, SIT_MODELS, n=3, cutoff=0.0)
-        raise ConfigError(
-            explain("name", expected=f"one of {tuple(SIT_MODELS)}", got=repr(name), do=f"Nearest: {nearest}.")
-        )
+        raise ConfigError("name", expected=f"one of {tuple(SIT_MODELS)}", got=repr(name), do=f"Nearest: {nearest}.")
     return SiT(**{**SIT_MODELS[name], **overrides})
 
 
@@ -106,9 +104,7 @@ class SiT(nn.Module):
         _check_divides("hidden_size", hidden_size, "num_heads", num_heads)
         _check_divides("hidden_size", hidden_size, "4, for sines and cosines of rows and columns", 4)
         if z_dims and not 1 <= encoder_depth <= depth:
-            raise ConfigError(
-                explain("encoder_depth", expected=f"1 to {depth}", got=encoder_depth, do="Choose a block.")
-            )
+            raise ConfigError("encoder_depth", expected=f"1 to {depth}", got=encoder_depth, do="Choose a block.")
         self.input_shape = (in_channels, input_size, input_size)
         self.grid_size = input_size // patch_size
         self.patch_size, self.in_channels = patch_size, in_channels
@@ -160,7 +156,7 @@ class SiT(nn.Module):
         """
         if tuple(x.shape[1:]) != self.input_shape:
             expected = ("B", *self.input_shape)
-            raise ShapeError(explain("x", expected=expected, got=tuple(x.shape), do="Build the SiT for this size."))
+            raise ShapeError("x", expected=expected, got=tuple(x.shape), do="Build the SiT for this size.")
         c = self.t_embedder(t) + self.y_embedder(self._labels(x, y), force_drop_ids)
         x = self.x_embedder(x) + self.pos_embed
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
@@ -178,9 +174,7 @@ class SiT(nn.Module):
         if self.num_classes == 0:
             return torch.zeros(len(x), dtype=torch.long, device=x.device)
         if y is None:
-            raise ConfigError(
-                explain("y", expected="labels (B,)", got=None, do="Pass labels, or build with num_classes=0.")
-            )
+            raise ConfigError("y", expected="labels (B,)", got=None, do="Pass labels, or build with num_classes=0.")
         return y
 
     @torch.no_grad()
@@ -274,9 +268,7 @@ class LabelEmbedder(nn.Module):
             force_drop_ids = torch.rand(len(y), device=y.device) < self.dropout_prob
         if force_drop_ids is not None:
             if self.null_label is None:
-                raise ConfigError(
-                    explain("null label", expected="one", got=None, do="Build with class_dropout_prob > 0.")
-                )
+                raise ConfigError("null label", expected="one", got=None, do="Build with class_dropout_prob > 0.")
             y = torch.where(force_drop_ids == 1, self.null_label, y)
         return self.embedding_table(y)
 
@@ -324,6 +316,4 @@ def _xavier(module: nn.Module) -> None:
 
 def _check_divides(name: str, value: int, by: str, divisor: int) -> None:
     if value % divisor:
-        raise ConfigError(
-            explain(name, expected=f"a multiple of {by} ({divisor})", got=value, do="Change one of the two.")
-        )
+        raise ConfigError(name, expected=f"a multiple of {by} ({divisor})", got=value, do="Change one of the two.")

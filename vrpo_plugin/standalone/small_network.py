@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from vrpo_plugin.encoders import weights_hash
-from vrpo_plugin.errors import CheckpointError, ShapeError, WeightsNotFoundError, explain
+from vrpo_plugin.errors import CheckpointError, ShapeError, WeightsNotFoundError
 from vrpo_plugin.files import write_file
 
 Architecture = Literal["plain", "residual"]
@@ -93,12 +93,10 @@ class SmallFeatureNetwork:
         shape = (self.channels, self.resolution, self.resolution)
         if images.dtype != torch.uint8 or images.shape[1:] != shape:
             raise ShapeError(
-                explain(
-                    "images",
-                    expected=f"uint8 (B, {', '.join(map(str, shape))})",
-                    got=f"{images.dtype} {tuple(images.shape)}",
-                    do="Pass pixels in [0, 255], of the size it was trained on.",
-                )
+                "images",
+                expected=f"uint8 (B, {', '.join(map(str, shape))})",
+                got=f"{images.dtype} {tuple(images.shape)}",
+                do="Pass pixels in [0, 255], of the size it was trained on.",
             )
         device = next(self.body.parameters()).device
         with torch.autocast(device.type, enabled=False):
@@ -131,7 +129,7 @@ def load_small_features(path: str | os.PathLike[str]) -> SmallFeatureNetwork:
     """
     if not os.path.isfile(path):
         raise WeightsNotFoundError(
-            explain("small features", expected="a file", got=f"none at {path}", do="Train it and save it first.")
+            "small features", expected="a file", got=f"none at {path}", do="Train it and save it first."
         )
     try:
         with safe_open(path, "pt") as file:
@@ -143,12 +141,10 @@ def load_small_features(path: str | os.PathLike[str]) -> SmallFeatureNetwork:
         return SmallFeatureNetwork(**arguments, body=body)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            explain(
-                str(path),
-                expected="a file written by SmallFeatureNetwork.save",
-                got=f"{type(error).__name__}: {error}",
-                do="Train the network again with train_small_features, and save it.",
-            )
+            str(path),
+            expected="a file written by SmallFeatureNetwork.save",
+            got=f"{type(error).__name__}: {error}",
+            do="Train the network again with train_small_features, and save it.",
         ) from error
 
 

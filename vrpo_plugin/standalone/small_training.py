@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vrpo_plugin.config import check_keys
-from vrpo_plugin.errors import ConfigError, ShapeError, explain
+from vrpo_plugin.errors import ConfigError, ShapeError
 from vrpo_plugin.standalone.small_network import (
     ARCHITECTURES,
     Architecture,
@@ -204,22 +204,18 @@ def _check_training(images: Tensor, labels: Tensor, training: SmallTraining) -> 
     labelled = integers and labels.shape == images.shape[:1] and bool((labels >= 0).all())
     if not (square and images.dtype == torch.uint8 and labelled):
         raise ShapeError(
-            explain(
-                "train_small_features",
-                expected="images uint8 (N, C, S, S) with S >= 4, and labels (N,), integers from 0",
-                got=f"{images.dtype} {tuple(images.shape)} and {labels.dtype} {tuple(labels.shape)}",
-                do="Pass pixels in [0, 255] and class indices.",
-            )
+            "train_small_features",
+            expected="images uint8 (N, C, S, S) with S >= 4, and labels (N,), integers from 0",
+            got=f"{images.dtype} {tuple(images.shape)} and {labels.dtype} {tuple(labels.shape)}",
+            do="Pass pixels in [0, 255] and class indices.",
         )
     numbers = {name: getattr(training, name) for name in ("width", "steps", "batch_size")}
     kept = round(training.held_out * len(images)) if 0 < training.held_out < 1 else 0
     if training.architecture not in ARCHITECTURES or min(numbers.values()) < 1 or not 1 <= kept < len(images):
         raise ConfigError(
-            explain(
-                "train_small_features",
-                expected=f"architecture of {ARCHITECTURES}, {', '.join(numbers)} >= 1, "
-                "and a share held_out of the images that leaves some to train on and some to test on",
-                got=f"{training.architecture!r}, {numbers}, held_out={training.held_out} of {len(images)} images",
-                do="Correct the setting that is out of range.",
-            )
+            "train_small_features",
+            expected=f"architecture of {ARCHITECTURES}, {', '.join(numbers)} >= 1, "
+            "and a share held_out of the images that leaves some to train on and some to test on",
+            got=f"{training.architecture!r}, {numbers}, held_out={training.held_out} of {len(images)} images",
+            do="Correct the setting that is out of range.",
         )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from vrpo_plugin.errors import ConfigError, DataError, explain
+from vrpo_plugin.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -75,7 +75,7 @@ class DigitsSource(_InMemory):
         from sklearn.datasets import load_digits
 
         if size < 8:
-            raise ConfigError(explain("size", expected="at least 8", got=size, do="The digits are 8x8 images."))
+            raise ConfigError("size", expected="at least 8", got=size, do="The digits are 8x8 images.")
         digits = load_digits()
         images = rearrange(torch.from_numpy(digits.images).float() * (255 / 16), "n h w -> n 1 h w")
         self._images = F.interpolate(images, size=(size, size), mode="bilinear").round().to(torch.uint8)
@@ -104,7 +104,7 @@ class ImageFolderSource:
         if channels not in (1, 3) or resolution < 1:
             got = f"resolution {resolution}, channels {channels}"
             expected = "a positive resolution and 1 or 3 channels"
-            raise ConfigError(explain("images", expected=expected, got=got, do="Correct the setting."))
+            raise ConfigError("images", expected=expected, got=got, do="Correct the setting.")
         root = Path(root)
         entries = _entries(root)
         names = sorted(e.name for e in entries if e.is_file() and e.name.lower().endswith(IMG_EXTENSIONS))
@@ -238,7 +238,7 @@ def open_source(data_dir: str | Path | None, resolution: int | None = None) -> S
         return _of_resolution(RepaSource(root), root / "images", resolution)
     if resolution is None:
         do = "Name the side in pixels to which images are brought."
-        raise ConfigError(explain("resolution", expected="a number", got=None, do=do))
+        raise ConfigError("resolution", expected="a number", got=None, do=do)
     return ImageFolderSource(root, resolution)
 
 
@@ -263,7 +263,7 @@ def all_images(source: Source, limit: int | None = None) -> tuple[Tensor, Tensor
         ConfigError: ``limit`` is not positive.
     """
     if limit is not None and limit < 1:
-        raise ConfigError(explain("limit", expected="a positive number", got=limit, do="Pass None for all."))
+        raise ConfigError("limit", expected="a positive number", got=limit, do="Pass None for all.")
     items = [source.load(index) for index in _evenly_spaced(len(source), limit or len(source))]
     return torch.stack([image for image, _, _ in items]), torch.tensor([label for _, _, label in items])
 
@@ -414,4 +414,4 @@ def _digest(parts: Sequence[bytes]) -> str:
 
 def data_error(where: str | Path, expected: object, got: object, do: str) -> DataError:
     """A DataError that names the file or folder."""
-    return DataError(explain(str(where), expected=expected, got=got, do=do))
+    return DataError(str(where), expected=expected, got=got, do=do)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from vrpo_plugin.encoders import Targets, identify, load_encoders
-from vrpo_plugin.errors import ConfigError, explain
+from vrpo_plugin.errors import ConfigError
 from vrpo_plugin.standalone.data import LATENTS_SCALE
 from vrpo_plugin.standalone.sources import Source, all_images
 
@@ -41,7 +41,7 @@ def load_targets(
     for name, shape in {"images": source.image_shape, "latents": source.latent_shape}.items():
         if shape[-1] != shape[-2]:
             do = "Crop the images before they are encoded."
-            raise ConfigError(explain(name, expected="squares, as the encoders see them", got=shape, do=do))
+            raise ConfigError(name, expected="squares, as the encoders see them", got=shape, do=do)
     of_data: dict[str, Any] = {
         "resolution": source.image_shape[-1],
         "latent_scale": 1.0 if source.latent_shape == source.image_shape else LATENTS_SCALE,
@@ -71,12 +71,10 @@ def load_targets(
             small.save(cache)
     if (small.channels, small.resolution, small.resolution) != tuple(source.image_shape):
         raise ConfigError(
-            explain(
-                "small encoder",
-                expected=f"one of images {tuple(source.image_shape)}",
-                got=(small.channels, small.resolution, small.resolution),
-                do="Pass the file that belongs to this data and resolution, or none.",
-            )
+            "small encoder",
+            expected=f"one of images {tuple(source.image_shape)}",
+            got=(small.channels, small.resolution, small.resolution),
+            do="Pass the file that belongs to this data and resolution, or none.",
         )
     small = small.to(device)
     name = small.name

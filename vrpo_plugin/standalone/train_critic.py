@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vrpo_plugin.config import VRPOConfig
-from vrpo_plugin.errors import ConfigError, DataError, explain
+from vrpo_plugin.errors import ConfigError, DataError
 from vrpo_plugin.functional.rewards import semantic_reward
 from vrpo_plugin.modules.critic import LatentCritic, save_critic
 from vrpo_plugin.standalone.data import PositionBatchSampler, TrainingSamples
@@ -100,9 +100,7 @@ def train_critic(settings: CriticTraining) -> dict[str, Any]:
     _check(settings, output, cache)
     source = open_source(settings.data_dir, settings.resolution)
     if len(source) < 2 * HELD_OUT_EVERY:
-        raise DataError(
-            explain("data", expected=f"at least {2 * HELD_OUT_EVERY} images", got=len(source), do="Add images.")
-        )
+        raise DataError("data", expected=f"at least {2 * HELD_OUT_EVERY} images", got=len(source), do="Add images.")
     accelerator = Accelerator()
     _loader(settings, source, accelerator)  # refuses a batch that cannot be shared out
     accelerator.wait_for_everyone()  # every process has looked before the first one writes
@@ -144,19 +142,17 @@ def train_critic(settings: CriticTraining) -> dict[str, Any]:
 
 def _check(settings: CriticTraining, output: Path, cache: Path) -> None:
     if output.exists():
-        raise ConfigError(
-            explain(str(output), expected="a new file", got="an existing one", do="Choose another --output.")
-        )
+        raise ConfigError(str(output), expected="a new file", got="an existing one", do="Choose another --output.")
     if settings.enc_type == SMALL and settings.enc_checkpoint is None and cache.exists():
         # It may be of other images: a run that was broken off left it.
         do = "Remove it, or go on with it by --enc-checkpoint."
-        raise ConfigError(explain(str(cache), expected="no file", got="an encoder of an earlier run", do=do))
+        raise ConfigError(str(cache), expected="no file", got="an encoder of an earlier run", do=do)
     if min(settings.steps, settings.batch_size) < 1 or not 0 < settings.learning_rate < math.inf:
-        raise ConfigError(explain("steps, batch_size, learning_rate", expected="> 0", got=settings, do="Correct them."))
+        raise ConfigError("steps, batch_size, learning_rate", expected="> 0", got=settings, do="Correct them.")
     if settings.num_workers < 0 or settings.critic_width < 4:
         got = f"{settings.num_workers} and {settings.critic_width}"
         expected = "num_workers >= 0, critic_width >= 4"
-        raise ConfigError(explain("num_workers, critic_width", expected=expected, got=got, do="Correct them."))
+        raise ConfigError("num_workers, critic_width", expected=expected, got=got, do="Correct them.")
 
 
 def _try_to_write(output: Path) -> None:
@@ -167,7 +163,7 @@ def _try_to_write(output: Path) -> None:
             pass
     except OSError as error:
         expected, do = "a file in a folder that can be written", "Choose another --output."
-        raise ConfigError(explain(str(output), expected=expected, got=error, do=do)) from error
+        raise ConfigError(str(output), expected=expected, got=error, do=do) from error
 
 
 def _loader(settings: CriticTraining, source: Source, accelerator: Any) -> DataLoader[dict[str, Tensor]]:
