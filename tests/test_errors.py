@@ -19,9 +19,9 @@ def bare_messages(source: str) -> list[int]:
     names = {cls.__name__ for cls in CLASSES}
     lines = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names:
-            if len(node.args) != 1 or {keyword.arg for keyword in node.keywords} != PARTS:
-                lines.append(node.lineno)
+        made = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names
+        if made and (len(node.args) != 1 or {keyword.arg for keyword in node.keywords} != PARTS):
+            lines.append(node.lineno)
     return lines
 
 
