@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from fakes.broken import Bomb
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
@@ -344,13 +345,6 @@ def test_damaged_checkpoint(tmp_path: Path, suffix: str) -> None:
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(CheckpointError, match="damaged"):
         load_encoder("test_vit", resolution=32, checkpoint=path)
-
-
-class Bomb:
-    """Pickles to a call, as an untrusted file could."""
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (Path("exploded"),)
 
 
 def test_pickled_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

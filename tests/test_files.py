@@ -5,17 +5,14 @@ import re
 from pathlib import Path
 
 import pytest
+from fakes.broken import disk_full
 
 from vrpo_plugin.files import write_file
 
 
-def refuse(*_: object) -> None:
-    raise OSError(28, "No space left on device")
-
-
 def half(file: object) -> None:
     file.write(b"ne")  # type: ignore[attr-defined]
-    raise OSError(28, "No space left on device")
+    disk_full()
 
 
 @pytest.fixture
@@ -30,7 +27,7 @@ def config(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("stage", ["fsync", "replace"])
 def test_a_refusal_of_the_disk_leaves_the_old_text(config: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(os, stage, refuse)
+        patch.setattr(os, stage, disk_full)
         with pytest.raises(OSError, match="No space"):
             write_file(config, "new")
     assert config.read_text(encoding="utf-8") == "older"

@@ -9,6 +9,7 @@ import lpips
 import pytest
 import torch
 import torch.nn.functional as F
+from fakes.broken import Bomb
 from torch import Tensor, nn
 from torchvision import models
 
@@ -265,13 +266,6 @@ def test_unfit_backbone_checkpoint(tmp_path: Path, content: str) -> None:
         torch.save(models.squeezenet1_1(weights=None).state_dict(), path)
     with pytest.raises(CheckpointError, match="alex"):
         LPIPSReward("alex", backbone_checkpoint=path)
-
-
-class Bomb:
-    """Pickles to a call, as an untrusted file could."""
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (Path("exploded"),)
 
 
 def test_pickled_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

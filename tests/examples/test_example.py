@@ -27,13 +27,6 @@ TWENTY = ("--max-train-steps", "20", "--checkpointing-steps", "20")
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
-    train_small_features(*all_images(DigitsSource()), seed=0, steps=40).save(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def straight(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return harness.run(tmp_path_factory.mktemp("straight"), "run", encoder=encoder)
 

@@ -7,19 +7,9 @@ import harness
 import pytest
 import torch
 
-from vrpo_plugin.standalone.small_training import train_small_features
-from vrpo_plugin.standalone.sources import DigitsSource, all_images
-
 pytestmark = pytest.mark.slow
 
 STEP = 5  # neither the first one nor a checkpoint's
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
-    train_small_features(*all_images(DigitsSource()), seed=0, steps=40).save(path)
-    return path
 
 
 @pytest.fixture(scope="module", params=[1, 2])

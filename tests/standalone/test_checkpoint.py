@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from fakes.broken import disk_full
 
 from vrpo_plugin.errors import CheckpointError, ConfigError
 from vrpo_plugin.standalone import checkpoint
@@ -263,10 +264,6 @@ def partly_then_kill(name, original, args):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def refuse(*args):
-    raise OSError(28, "No space left on device")
-
-
 def child(root, step, value, stop, action, results):
     calls = interrupt(stop, action)
     try:
@@ -286,7 +283,7 @@ def in_child(*args):
 
 
 # Saving 3 over 1 and 2 with keep_last=2 also deletes; saving 2 again, or over the only copy, replaces.
-@pytest.mark.parametrize("action", [partly_then_kill, refuse])
+@pytest.mark.parametrize("action", [partly_then_kill, disk_full])
 @pytest.mark.parametrize(("before", "step"), [((1, 2), 3), ((1, 2), 2), ((2,), 2)])
 def test_crash_at_every_stage(tmp_path, monkeypatch, before, step, action):
     monkeypatch.setattr(os, "fsync", lambda _: None)  # slow, and a kill is no power cut
