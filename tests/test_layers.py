@@ -24,7 +24,7 @@ MAY: dict[str, set[str]] = {
     "modules": {"functional", "config", "files", "errors", "torch", "einops", "safetensors", "numpy"},
     "perceptual": {"functional", "errors", "torch", "einops"},
     "encoders": {"functional", "modules", "errors", "torch", "einops"},
-    "standalone": {"functional", "modules", "encoders", "config", "settings", "files", "errors"}
+    "standalone": {"functional", "modules", "encoders", "config", "settings", "files", "errors", "_version"}
     | {"torch", "timm", "einops", "numpy", "safetensors", "tqdm"},
     "patching": {"files", "errors"},
     "hosts": {"errors", "config", "functional", "modules", "encoders", "files", "patching", "torch"},
@@ -36,7 +36,7 @@ MAY_INSIDE_FUNCTIONS: dict[str, set[str]] = {
     "settings": {"yaml"},
     "perceptual": {"timm", "lpips", "torchvision", "safetensors", "huggingface_hub"},
     "encoders": {"timm", "lpips", "torchvision", "safetensors", "huggingface_hub"},
-    "standalone": {"accelerate", "scipy", "torchvision", "sklearn", "PIL"},
+    "standalone": {"accelerate", "scipy", "torchvision", "sklearn", "PIL", "matplotlib"},
     "hosts": {"safetensors", "yaml"},
     "cli": {"standalone", "hosts"},
     "vrpo_plugin": {"functional", "hosts", "modules"},

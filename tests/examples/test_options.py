@@ -194,7 +194,13 @@ def test_unknown_option_names_the_nearest() -> None:
 def _folder(tmp_path: Path, *arguments: str, data: str = "digits") -> RunFolder:
     options, config = parse_options(["--output-dir", str(tmp_path), "--exp-name", "run", *arguments])
     settings = {**json.loads(json.dumps(to_dict(options, config))), "data_fingerprint": data}
-    return RunFolder(Path(options.output_dir) / options.run_name, settings, free=FREE_ON_RESUME, resume=options.resume)
+    return RunFolder(
+        Path(options.output_dir) / options.run_name,
+        settings,
+        free=FREE_ON_RESUME,
+        resume=options.resume,
+        resume_step=options.resume_step,
+    )
 
 
 def test_folder_of_another_run_is_refused_and_untouched(tmp_path: Path) -> None:
