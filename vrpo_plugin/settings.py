@@ -9,7 +9,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from vrpo_plugin.config import check_keys
+from vrpo_plugin.config import check_keys, describe_fields
 from vrpo_plugin.errors import ConfigError
 
 T = TypeVar("T")
@@ -114,11 +114,12 @@ def add_flags(group: Any, kind: type) -> None:
 
     Args:
         group: an ``argparse`` parser or a group of one.
-        kind: the dataclass; ``metadata["help"]`` of a field is its text.
+        kind: the dataclass; ``metadata["help"]`` of a field is its text, or what its docstring says of the field.
     """
     hints = get_type_hints(kind)
+    described = {name: text for own in describe_fields(kind).values() for name, text in own.items()}
     for f in fields(kind):
-        hint, text = hints[f.name], f.metadata.get("help", f"see {kind.__name__}")
+        hint, text = hints[f.name], f.metadata.get("help", described.get(f.name, "").replace("%", "%%"))
         kwargs: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS}
         kwargs["help"] = f"{text} (default: {f.default})".strip()
         alternatives = _alternatives(hint)

@@ -465,7 +465,7 @@ def test_the_new_file_has_its_name_only_when_it_is_on_disk(
     monkeypatch.setattr(module.os, "fsync", lambda fd: (events.append("fsync"), original[0](fd)))
     monkeypatch.setattr(module.os, "replace", lambda a, b: (events.append(("replace", b)), original[1](a, b)))
     export_checkpoint(source, out)
-    assert events == ["fsync", ("replace", out)]
+    assert events == ["fsync", ("replace", out), "fsync"], "the last is the folder's, in which the name stands"
 
 
 def test_others_may_read_the_new_file_as_they_may_any_other(source: Path, out: Path) -> None:

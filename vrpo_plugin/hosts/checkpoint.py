@@ -1,7 +1,6 @@
 """A host's checkpoints with and without the aligner."""
 
 import argparse
-import contextlib
 import copy
 import os
 import re
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vrpo_plugin.errors import CheckpointError
+from vrpo_plugin.files import write_file
 
 # The aligner is the attribute ``vrpo`` of the host's model; DDP and torch.compile put their own names before it.
 _ALIGNER_KEY = re.compile(r"(?:module\.|_orig_mod\.)*vrpo\.(?P<name>.*)")
@@ -75,7 +75,7 @@ def export_checkpoint(source: Path, out: Path, *, overwrite: bool = False) -> in
         _write(out, lambda file: torch.save(plain, file))
     else:
         data = _as_safetensors(plain["ema"], str(source))
-        _write(out, lambda file: file.write(data))
+        _write(out, data)
     return removed
 
 
@@ -196,19 +196,9 @@ def _check_out(source: Path, out: Path, *, overwrite: bool) -> None:
         raise CheckpointError(str(out), expected="no such file", got="one that exists", do=do)
 
 
-def _write(out: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Under another name first, so that a full disk or a kill leaves no half of it."""
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+def _write(out: Path, content: Callable[[IO[bytes]], object] | bytes) -> None:
     try:
-        try:
-            with open(partial, "xb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, out)
-        finally:
-            with contextlib.suppress(OSError):  # gone already if it took its name
-                partial.unlink()
+        write_file(out, content)
     except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError on a full disk
         do = "Give a folder that exists and has room."
         raise CheckpointError(str(out), expected="a file that can be written", got=error, do=do) from error
