@@ -1,4 +1,4 @@
-"""The method in one file: a small SiT on scikit-learn's digits, in two minutes on a CPU.
+"""The method in one file: a small SiT on scikit-learn's digits, in a few minutes on a CPU.
 
     python examples/minimal_loop.py                 # VRPO
     python examples/minimal_loop.py --reward-coeff 0  # REPA alone
@@ -26,7 +26,7 @@ BATCH, GRID = 64, 8
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--reward-coeff", type=float, default=1.2, help="weight of the rewards; 0: REPA alone")
     parser.add_argument("--output", type=Path, default=Path("digits.png"))
     arguments = parser.parse_args()
