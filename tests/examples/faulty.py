@@ -45,15 +45,15 @@ class FaultyTrainer(example.Trainer):
         return lambda: setattr(self, "encode", encode)
 
     def _reward(self) -> Any:
-        readout = self.model.vrpo.generation
-        pathwise = readout._pathwise_rewards
+        table = self.model.vrpo.generation.table
+        pathwise = table.differentiable
 
         def broken(*args: Any) -> Tensor:
             values = pathwise(*args)
             return values * torch.where(torch.arange(values.shape[1]) == 1, torch.nan, 1.0)
 
-        readout._pathwise_rewards = broken
-        return lambda: setattr(readout, "_pathwise_rewards", pathwise)
+        table.differentiable = broken
+        return lambda: setattr(table, "differentiable", pathwise)
 
     def _gradient(self) -> Any:
         # After the processes have exchanged gradients: one of them is wrong on this one alone.

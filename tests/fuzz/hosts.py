@@ -93,7 +93,9 @@ class Round:
             self.expect(after == before, f"a refused patch changed {after.changed(before)}")
         else:
             self.part.add("patched" if after != before else "patched before")
-        promised = checked.status == 0 and "no line can be put" not in checked.out
+        # Of several scripts one may take the line where another cannot.
+        by_line = "or by one line" in checked.out or "no line can be put" not in checked.out
+        promised = checked.status == 0 and by_line
         self.expect(ended.refused != promised, f"check said otherwise than patch: {checked} {ended}")
         changed = after.changed(before)
         self.expect(all(_is_patched(before, after, path) for path in changed), f"patch wrote something else: {changed}")
@@ -168,7 +170,8 @@ def _is_one_line_more(old: bytes, new: bytes) -> bool:
 
 def _our_lines(data: bytes) -> Iterator[tuple[int, int]]:
     """Where a line of ours and one newline beside it begin and end."""
-    for line in LINES:
+    # With an edited comment it is ours still.
+    for line in (one for line in LINES for one in (line, line.replace(b"# ", b"#"), line + b" ")):
         at = data.find(line)
         while at >= 0:
             end = at + len(line)
