@@ -171,7 +171,7 @@ def _is_one_line_more(old: bytes, new: bytes) -> bool:
 def _our_lines(data: bytes) -> Iterator[tuple[int, int]]:
     """Where a line of ours and one newline beside it begin and end."""
     # With an edited comment it is ours still.
-    for line in (one for line in LINES for one in (line, line.replace(b"# ", b"#"), line + b" ")):
+    for line in (edited for ours in LINES for edited in (ours, ours.replace(b"# ", b"#"), ours + b" ")):
         at = data.find(line)
         while at >= 0:
             end = at + len(line)
