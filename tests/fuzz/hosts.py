@@ -93,9 +93,7 @@ class Round:
             self.expect(after == before, f"a refused patch changed {after.changed(before)}")
         else:
             self.part.add("patched" if after != before else "patched before")
-        # Of several scripts one may take the line where another cannot.
-        by_line = "or by one line" in checked.out or "no line can be put" not in checked.out
-        promised = checked.status == 0 and by_line
+        promised = checked.status == 0 and "no line can be put" not in checked.out  # into all scripts, or into none
         self.expect(ended.refused != promised, f"check said otherwise than patch: {checked} {ended}")
         changed = after.changed(before)
         self.expect(all(_is_patched(before, after, path) for path in changed), f"patch wrote something else: {changed}")

@@ -81,7 +81,7 @@ def patch_tree(
             are as they were.
     """
     places = _with_script(hosts_in(root, host), script)
-    there = [place for place in places if any(os.path.isfile(place.folder / one.file) for one in place.scripts)]
+    there = [place for place in places if any(os.path.lexists(place.folder / one.file) for one in place.scripts)]
     places = there or places  # a checkout may lack one of its repository's scripts
     _refuse_outside(root, places)
     for place in places:
