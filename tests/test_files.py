@@ -1,4 +1,4 @@
-"""A file gets all of its new content or keeps all of its old one; patching/test_atomic.py has the rest of files.py."""
+"""A file gets all of its new content or keeps all of its old one; test_replace_bytes.py has the rest of files.py."""
 
 import os
 import re

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from vrpo_plugin.config import check_keys
 from vrpo_plugin.errors import HostNotFoundError, VRPOError
+from vrpo_plugin.files import replace_bytes
 from vrpo_plugin.hosts.base import HostSpec
 from vrpo_plugin.hosts.known import HOSTS, candidate, find_candidates, find_spec, no_host, require_folder
-from vrpo_plugin.patching.atomic import replace_bytes
 from vrpo_plugin.patching.fingerprint import verify_points
 from vrpo_plugin.patching.source import Insertion, SourceState, our_lines, patch_file, unpatch_file
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from vrpo_plugin.errors import HostChangedError, HostNotFoundError, PatchConflictError, VRPOError, explain
-from vrpo_plugin.patching.atomic import replace_bytes, why_read_only
+from vrpo_plugin.files import replace_bytes, why_read_only
 from vrpo_plugin.patching.fingerprint import NOT_PYTHON
 from vrpo_plugin.patching.lines import insert_line, remove_line
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vrpo_plugin.errors import PatchConflictError, VRPOError
-from vrpo_plugin.patching.atomic import replace_bytes, why_read_only
+from vrpo_plugin.files import replace_bytes, why_read_only
 
 
 @pytest.fixture
