@@ -445,6 +445,16 @@ def test_a_checkout_without_the_second_script_has_one_host(root: Path) -> None:
     assert [state.path.name for state in patch_tree(root)] == ["train.py"]
 
 
+@only("repa")
+def test_a_folder_in_the_second_scripts_place_is_no_missing_script(root: Path) -> None:
+    (root / "train_t2i.py").unlink()
+    (root / "train_t2i.py").mkdir()
+    before = contents(root)
+    with pytest.raises(HostNotFoundError, match="something else than a file"):
+        patch_tree(root)
+    assert contents(root) == before
+
+
 @only("irepa")
 def test_a_script_by_its_path_in_the_repository(root: Path) -> None:
     assert [state.changed for state in patch_tree(root, script="ldm/train.py")] == [True]
