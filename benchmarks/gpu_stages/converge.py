@@ -52,7 +52,12 @@ class Plan:
     fit: bool = False
 
 
-PLANS = (Plan("cifar16", "cifar16"), Plan("cifar16_long", "cifar16"), Plan("cifar32_gpu", "cifar32", fit=True))
+PLANS = (
+    Plan("cifar16", "cifar16"),
+    Plan("cifar16_floor", "cifar16"),
+    Plan("cifar16_long", "cifar16"),
+    Plan("cifar32_gpu", "cifar32", fit=True),
+)
 OPTIONS: dict[str, Any] = {"graph": True, "compiled": True}  # of every run
 
 
