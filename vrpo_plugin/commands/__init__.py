@@ -1,0 +1,1 @@
+"""The subcommands of ``vrpo``, one file each; ``add`` describes it to argparse."""
