@@ -79,6 +79,7 @@ def test_a_file_can_hold_every_key(kind: str, tmp_path: Path) -> None:
         "log_every": 100,
         "max_skipped_steps": 100,
         "fused_optimizer": False,
+        "compile": False,
     }
     values |= {"encoder": "a", "encoder_checkpoint": "b"}
     assert values.keys() == KEYS
@@ -164,7 +165,7 @@ def test_yaml_as_people_write_it(tmp_path: Path) -> None:
 def test_plain_words_and_flags() -> None:
     assert parse_value("a-word") == "a-word"
     assert parse_value("a=1,b=x") == {"a": 1, "b": "x"}
-    assert {"critic_trainable", "fallback", "allow_unverified", "fused_optimizer"} == FLAGS
+    assert {"critic_trainable", "fallback", "allow_unverified", "fused_optimizer", "compile"} == FLAGS
 
 
 # ---- objects ----

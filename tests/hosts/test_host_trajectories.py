@@ -1,7 +1,9 @@
 """Training runs of the fake hosts, patched against unpatched, step by step."""
 
 import copy
+import functools
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from fakes.host_folders import (
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
+from vrpo_plugin import apply_vrpo
 from vrpo_plugin.hosts.aligner import HostAligner
 
 HOSTS = tuple(SCRIPTS)
@@ -300,6 +303,24 @@ def compiled_repae(folder: Path) -> dict[str, Any]:
     }
 
 
+def compiled_aligner(name: str, folder: Path) -> dict[str, Any]:
+    """The ``compile`` option, with a backend that tests can wait for."""
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    with fake_host(name) as host:
+        with host.apply(folder) as handle:
+            config, options = handle.config
+            eager = train(host, 3)
+        with apply_vrpo(host.spec, config, options=replace(options, compile=True)):
+            run = train(host, 3)
+    (aligner,) = (module for module in run.model.modules() if hasattr(module, "taps"))
+    return {
+        "eager": {key: eager.log_of(key) for key in eager.logs[0]},
+        "compiled": {key: run.log_of(key) for key in eager.logs[0]},
+        "frames": counters()["frames"]["ok"],
+        "is_compiled": aligner._compiled_call_impl is not None,
+    }
+
+
 def counters() -> Any:
     return torch._dynamo.utils.counters
 
@@ -309,6 +330,14 @@ def test_compiled_equals_eager_without_graph_breaks(tmp_path: Path) -> None:
     run = in_new_process(compiled_repa, tmp_path)
     torch.testing.assert_close(run["compiled"], run["eager"], rtol=1e-4, atol=1e-6)
     assert run["breaks"] == {} and run["graphs"] <= 2  # one more after the first call's checks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["repa", "dit"])
+def test_a_compiled_aligner_equals_the_eager_one(name: str, tmp_path: Path) -> None:
+    run = in_new_process(functools.partial(compiled_aligner, name), tmp_path)
+    torch.testing.assert_close(run["compiled"], run["eager"], rtol=1e-4, atol=1e-6)
+    assert run["is_compiled"] and run["frames"] > 0
 
 
 @pytest.mark.slow

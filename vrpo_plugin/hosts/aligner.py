@@ -38,6 +38,7 @@ class HostAligner(VRPOAligner):
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         new.is_copy = True
+        new._compiled_call_impl = None  # the compiled call is the original's
         return new
 
 

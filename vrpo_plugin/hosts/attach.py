@@ -42,6 +42,8 @@ def install(session: Session, model: nn.Module) -> None:
         earlier_calls=session.earlier_calls,
     )
     aligner.attach(model, getattr(model, spec.blocks))
+    if session.options.compile:
+        aligner.compile(dynamic=False)
     session.guard.aligner = aligner
     session.model_parameters |= {id(parameter) for parameter in model.parameters()}
     session.aligner_parameters |= {id(parameter) for parameter in aligner.parameters()}

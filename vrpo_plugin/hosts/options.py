@@ -29,6 +29,8 @@ class HostOptions:
             the run. 0 leaves the optimizer alone.
         fused_optimizer: make the optimizer fused: a step that is not finite is then left out without waiting for the
             device, and its numbers are rounded otherwise. False leaves it as the host made it.
+        compile: ``torch.compile`` the aligner: a third to a quarter of its kernels, after a first step that takes up to
+            a minute more. Where launching kernels is what a step waits for.
         allow_unverified: accept a host whose code differs from the verified commits, and parameters with defaults that
             it has added; not another signature.
 
@@ -42,6 +44,7 @@ class HostOptions:
     log_every: int = 100
     max_skipped_steps: int = 100
     fused_optimizer: bool = False
+    compile: bool = False
     allow_unverified: bool = False
 
     def __post_init__(self) -> None:
@@ -50,7 +53,7 @@ class HostOptions:
         if isinstance(self.compat, list):
             object.__setattr__(self, "compat", tuple(self.compat))
         self._check_encoder()
-        for name in ("allow_unverified", "fused_optimizer"):
+        for name in ("allow_unverified", "fused_optimizer", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(name, expected="True or False", got=repr(getattr(self, name)), do="Correct it.")
         for name in ("log_every", "max_skipped_steps"):
