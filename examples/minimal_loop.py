@@ -27,7 +27,7 @@ BATCH, GRID = 64, 8
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--reward-coeff", type=float, default=1.2, help="weight of the rewards; 0: REPA alone")
+    parser.add_argument("--reward-coeff", type=float, default=0.12, help="weight of the rewards; 0: REPA alone")
     parser.add_argument("--output", type=Path, default=Path("digits.png"))
     arguments = parser.parse_args()
 
@@ -45,7 +45,7 @@ def main() -> None:
         token_grid=encoder.grid,
         critic_width=64,  # beside so small a transformer
         reward_coeff=arguments.reward_coeff,
-        reward_release_steps=arguments.steps,  # the rewards are let go of linearly
+        reward_release_steps=arguments.steps // 4,  # then a tenth of the weight stays
     )
     aligner.attach(model)  # before the EMA copy and the optimizer
     ema = copy.deepcopy(model).eval()

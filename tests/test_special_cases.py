@@ -218,6 +218,6 @@ def test_a_rewards_unit_changes_nothing_with_the_groups_scale(factor: float) -> 
     torch.testing.assert_close(other.advantages, out.advantages, **FLOAT32)
     torch.testing.assert_close(other_grad, grad, **FLOAT32)
     assert grad.abs().max() > 1e-3
-    _, unscaled = generate(x0_hat_aligner(scaled), batch, velocity)
-    _, unscaled_one = generate(x0_hat_aligner({"mine": smoothness}), batch, velocity)
+    _, unscaled = generate(x0_hat_aligner(scaled, scale="none"), batch, velocity)
+    _, unscaled_one = generate(x0_hat_aligner({"mine": smoothness}, scale="none"), batch, velocity)
     torch.testing.assert_close(unscaled, factor * unscaled_one, **FLOAT32)  # the factor did reach the loss

@@ -195,7 +195,7 @@ def looks(aligner: Any) -> list[int]:
 
 @pytest.mark.parametrize("how", ["own step", "counter", "stop", "collapse"])
 def test_nothing_is_run_once_the_weight_is_0(how: str) -> None:
-    schedule: dict[str, Any] = {"reward_release_steps": 0 if how == "collapse" else 5}
+    schedule: dict[str, Any] = {"reward_release_steps": 0 if how == "collapse" else 5, "reward_floor": 0.0}
     if how == "stop":
         schedule["reward_release"] = "stop"
     model = TinySiT()
@@ -232,7 +232,7 @@ def test_a_floor_keeps_them_running(floor: float) -> None:
 
 def test_validation_after_the_end_still_measures() -> None:
     model = TinySiT()
-    aligner = tiny_aligner(reward_release_steps=1, features="none").attach(model)
+    aligner = tiny_aligner(reward_release_steps=1, reward_floor=0.0, features="none").attach(model)
     batch = make_batch(8)
     assert torch.isnan(align(model, aligner, batch, step=9).rewards["semantic"]).all()
     aligner.eval()
@@ -241,7 +241,7 @@ def test_validation_after_the_end_still_measures() -> None:
 
 def test_loaded_weights_begin_afresh() -> None:
     model = TinySiT()
-    aligner = tiny_aligner(reward_release_steps=5).attach(model)
+    aligner = tiny_aligner(reward_release_steps=5, reward_floor=0.0).attach(model)
     early = copy.deepcopy(model.state_dict())
     for _ in range(2 * END_LOOK):
         align(model, aligner, make_batch(4))
@@ -258,7 +258,7 @@ def _after_the_end(rank: int, world_size: int) -> dict[str, torch.Tensor]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = TinySiT()
-    aligner = tiny_aligner(reward_release_steps=5).attach(model)
+    aligner = tiny_aligner(reward_release_steps=5, reward_floor=0.0).attach(model)
     seen = looks(aligner)
     parallel = torch.nn.parallel.DistributedDataParallel(model)
     for call in range(2 * END_LOOK):

@@ -436,7 +436,7 @@ def test_a_mask_leaves_samples_out_of_the_mean() -> None:
     batch = make_batch(8)
     scored = torch.arange(8) < 3
     velocity = velocity_like(batch)
-    aligner = reward_aligner(rewards={"mine": lambda s: (mean_over_latent(s.x0_hat), scored)})
+    aligner = reward_aligner(rewards={"mine": lambda s: (mean_over_latent(s.x0_hat), scored)}, scale="none")
     out = generate(aligner, batch, velocity)
     x0_hat = batch.x_t - batch.t[:, None, None, None] * velocity
     torch.testing.assert_close(out.generation_loss, -mean_over_latent(x0_hat)[:3].mean(), **FLOAT32)
@@ -491,6 +491,7 @@ def test_a_sample_that_is_not_finite_is_left_out(where: str, value: float) -> No
     aligner = reward_aligner(
         built_in=("semantic", "perceptual", "fidelity"),
         reward_weights={"semantic": 1, "perceptual": 1, "fidelity": 1},
+        scale="none",  # nothing of a call's memory acts on the next
     )
 
     def spoil(x: Tensor) -> Tensor:
@@ -649,7 +650,7 @@ def test_a_black_box_that_fails_for_one_sample_leaves_it_out() -> None:
 def test_weights_come_from_the_memory() -> None:
     batch = make_batch(8)
     rewards = {"a": linear_reward(1)[1], "b": linear_reward(2)[1]}
-    aligner = reward_aligner(rewards=rewards).eval()
+    aligner = reward_aligner(rewards=rewards, scale="none").eval()
     assert aligner.generation is not None
     moments = aligner.generation.statistics.moments
     moments[0], moments[2] = 1001, 1000.0
@@ -661,7 +662,7 @@ def test_weights_come_from_the_memory() -> None:
 
 def test_the_baseline_is_the_levels_mean() -> None:
     batch, (_, reward) = make_batch(8), linear_reward(1)
-    aligner = reward_aligner(rewards={"a": reward}).eval()
+    aligner = reward_aligner(rewards={"a": reward}, scale="none").eval()
     assert aligner.generation is not None
     aligner.generation.statistics.moments[:, 0] = torch.stack(
         [torch.full((10,), 9.0), torch.arange(10.0), torch.ones(10)]

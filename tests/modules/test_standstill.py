@@ -166,7 +166,7 @@ def test_a_measurement_needs_no_gradient() -> None:
 def test_a_schedule_that_is_over_is_said(
     schedule: str, part: str, counted: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings: dict[str, Any] = {"reward_release": "none", part: schedule, f"{part}_steps": 50}
+    settings: dict[str, Any] = {"reward_release": "none", part: schedule, f"{part}_steps": 50, "reward_floor": 0.0}
     for done, expected in ((49, 0), (50, 1), (400_000, 1)):
         caplog.clear()
         aligner, batch = tiny_aligner(**settings), make_batch(8)

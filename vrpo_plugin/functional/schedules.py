@@ -9,7 +9,7 @@ def schedule_left(schedule: str, steps: int, done: Tensor | int, *, floor: float
 
     Args:
         schedule: ``none`` (1), ``linear`` (down to the floor at ``steps``) or ``stop`` (the floor from there on).
-        steps: its length; with 0 nothing is let go of.
+        steps: its length; 0 if nobody knows it: the floor from the start, or 1 without one.
         done: steps before this one; a number, or a tensor on the device.
         floor: what is left at the end, in [0, 1].
 
@@ -18,8 +18,10 @@ def schedule_left(schedule: str, steps: int, done: Tensor | int, *, floor: float
 
     Source: our derivation; ``stop`` as in HASTE.
     """
-    if schedule == "none" or steps == 0:
+    if schedule == "none":
         return 1.0
+    if steps == 0:
+        return floor or 1.0
     share = done / steps
     left: Tensor | float
     if isinstance(share, Tensor):

@@ -21,7 +21,7 @@ logger = logging.getLogger("vrpo_plugin")
 ZERO_STEPS = 100  # in a row, before they are said to be a standstill
 ZERO_LOOK = 50  # steps between looks at that count
 END_LOOK = 50  # calls between looks at the rewards' weight
-LARGE_SCALED_COEFF = 0.3  # of scaled advantages: more than twice the default's tenth
+LARGE_SCALED_COEFF = 0.3  # of scaled advantages: more than twice the default
 FIRST_LOOK = 16  # calls; then at twice as many, until the model itself has been updated
 
 
@@ -151,19 +151,20 @@ class RewardsEnd:
 
 def say_what_settings_do(config: VRPOConfig) -> None:
     """Warns of a weight that means something else than its number says, and of rewards that nobody lets go of."""
-    if config.scale != "none" and config.reward_coeff > LARGE_SCALED_COEFF:
+    large = config.reward_coeff > LARGE_SCALED_COEFF
+    if large == (config.scale == "group"):
         logger.warning(
-            "scale=%s divides advantages by their deviation, about 0.1 in our runs, so reward_coeff=%g acts like "
-            "%g without a scale. A tenth of the weight is alike: %g for the default.",
-            config.scale,
+            "reward_coeff=%g with scale=%s: advantages over their deviation are about ten times as large as those "
+            "without a scale, so %g is like the default.",
             config.reward_coeff,
-            10 * config.reward_coeff,
-            VRPOConfig.reward_coeff / 10,
+            config.scale,
+            VRPOConfig.reward_coeff * (1 if config.scale == "group" else 10),
         )
     if config.reward_release == "linear" and not config.reward_release_steps:
         logger.warning(
-            "the length of the run is not known, so the rewards keep their weight. Runs that let go of them ended "
-            "lower: set reward_release_steps to the run's steps (in a host VRPO_REWARD_RELEASE_STEPS)."
+            "the length of the run is not known, so the rewards have %g of their weight from the start to the end. Set "
+            "reward_release_steps to a quarter of the run's steps (in a host VRPO_REWARD_RELEASE_STEPS).",
+            config.reward_floor or 1,
         )
 
 
@@ -178,7 +179,7 @@ def say_what_is_over(config: VRPOConfig, parts: Iterable[str], begun: Tensor | i
     """
     for name in parts:
         schedule, steps = getattr(config, name), getattr(config, f"{name}_steps")
-        if schedule == "none" or not steps:
+        if schedule == "none" or not steps or (name == "reward_release" and config.reward_floor):
             continue
         if (not begun.is_meta and holds(begun >= steps)) if isinstance(begun, Tensor) else begun >= steps:
             logger.warning(
