@@ -31,9 +31,9 @@ An unknown name is an error that names the nearest one.
 
 Settings that only concern hosts (encoder, compatibility, logging) are in [hosts.md](hosts.md#settings).
 
-The Frechet distances below (class features, lower is better) were measured on CIFAR-10 at 16 px: those that link to the main comparison with this
-version, after 6,000 steps and with two seeds; the others with version 0.1, one seed where no other number is given, and differences below 0.1
-are noise."""
+The Frechet distances below (class features, lower is better) were measured on CIFAR-10 at 16 px. Those that link to the
+main comparison are of this version, after 6,000 steps and with two seeds. The others are of version 0.1, one seed where
+no other number is given; differences below 0.1 are noise."""
 
 
 def markdown(text: str) -> str:

@@ -98,7 +98,7 @@ class VRPOConfig:
         noise_gate: Weight of the rewards by the sample's noise: ``none``; ``linear``, 2 (1 - t); ``cut``, 1 up to
             ``noise_gate_end`` and 0 beyond, as PixelGen does. When: rewards of very noisy estimates mislead. Measured:
             without scale, at floor 0.25, ``none`` 0.57, ``cut`` at 0.8 0.55, ``linear`` 0.64 [floor].
-        noise_gate_end: Time in (0, 1] for ``noise_gate="cut"``. When: with ``noise_gate``. Measured: only 0.8, as above.
+        noise_gate_end: Time in (0, 1] for ``noise_gate="cut"``. When: with ``noise_gate``. Measured: 0.8 only, above.
         critic_width: Channels of the critic at the token grid; with ``critic_checkpoint`` the width it was trained
             with. When: a smaller transformer needs a cheaper critic. Measured: trained from scratch, width 32 at 1.73
             and 64 at 1.28, after 1,000 steps [settings].
