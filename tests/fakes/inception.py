@@ -11,12 +11,12 @@ def write_inception_weights(path: Path, seed: int = 0) -> None:
     from torch_fidelity import feature_extractor_inceptionv3 as theirs
 
     torch.manual_seed(seed)
-    name = "load_state_dict_from_url"
+    extractor = theirs.FeatureExtractorInceptionV3
     with (
-        mock.patch.object(theirs, name, lambda *_, **__: {}),
-        mock.patch.object(theirs.FeatureExtractorInceptionV3, "load_state_dict", lambda *_, **__: None),
+        mock.patch.object(theirs, "load_state_dict_from_url", return_value={}),
+        mock.patch.object(extractor, "load_state_dict"),
     ):
-        model = theirs.FeatureExtractorInceptionV3("random", ["2048"])
+        model = extractor("random", ["2048"])
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0

@@ -31,7 +31,7 @@ from vrpo_plugin.standalone.references import (
     open_samples,
     with_statistics,
 )
-from vrpo_plugin.standalone.stamp import EvalSettings, origin_of, protocol_of
+from vrpo_plugin.standalone.stamp import EvalSettings, check_record, origin_of, protocol_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -77,6 +77,7 @@ def run_evaluation(settings: EvalSettings, say: Callable[[str], object] = lambda
     _check_outputs(settings)
     samples = None if settings.samples is None else open_samples(settings.samples)
     given = None if samples is None else samples.resolution
+    check_record({} if samples is None else samples.record)
     if settings.resolution is not None and given is not None and given != settings.resolution:
         do = "Leave --resolution out, or sample at that size: samples are never resized."
         raise ConfigError("--resolution", expected=f"{given}, that of the samples", got=settings.resolution, do=do)

@@ -249,7 +249,13 @@ def _gathered(
         everyone, hashes = (accelerator.gather(one).cpu() for one in sent) if world > 1 else (one.cpu() for one in sent)
         total = sum(len(batch) for batch in batches[number * world : (number + 1) * world])
         # All batches but the very last are full, so what is padding stands at the end.
-        columns = everyone[:total].split(sizes, 1)
+        everyone = everyone[:total]
+        if not everyone.isfinite().all():
+            first = number * world * batch_size
+            do = "Look at these images, and at the network's weights."
+            got = f"NaN or infinity in images {first} to {first + total - 1}"
+            raise DataError("features", expected="finite values", got=got, do=do)
+        columns = everyone.split(sizes, 1)
         yield dict(zip(parts, columns, strict=True)), hashes[:total]
 
 

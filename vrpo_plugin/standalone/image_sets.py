@@ -81,7 +81,7 @@ class ArrayImages:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        path = Path(path)
+        self._path = path = Path(path)
         names = array_names(path)
         name = next((one for one in ("arr_0", "images") if one in names), None)
         if name is None:
@@ -96,6 +96,9 @@ class ArrayImages:
         if height != width or not height:
             raise data_error(path, "square images", f"{width}x{height}", "Crop them.")
         self.resolution = int(height)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ArrayImages, (self._path,)  # a worker that is not forked opens the file, in place of a copy of it
 
     def __len__(self) -> int:
         return len(self._array)

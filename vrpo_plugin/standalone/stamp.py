@@ -10,8 +10,10 @@ from typing import Any
 
 from vrpo_plugin._version import __version__
 from vrpo_plugin.errors import ConfigError, DataError
+from vrpo_plugin.settings import build
 from vrpo_plugin.standalone.evaluate import UNKNOWN, EvalProtocol
 from vrpo_plugin.standalone.feature_sets import FeatureSet
+from vrpo_plugin.standalone.image_sets import SAMPLES_RECORD
 
 KERNEL_SUBSET_SIZE = 1000
 
@@ -69,28 +71,40 @@ def protocol_of(name: str, real: FeatureSet, generated: FeatureSet, settings: Ev
         got = f"{generated.count} samples, {real.count} reference images"
         do = "Give more images, or a smaller --k."
         raise DataError("images", expected=f"more than k = {settings.k} of each", got=got, do=do)
-    made = generated.record
-    known: dict[str, Any] = {
-        key: made.get(key) for key in ("num_steps", "guidance_scale", "guidance_interval", "ema", "seed")
+    values = {
+        "num_samples": generated.count,
+        "feature_network": name,
+        "reference": settings.reference,
+        "num_reference": real.count,
+        "k": settings.k,
+        "reference_hash": real.digest,
+        "reference_features": None if theirs is None else len(theirs),
+        "kernel_subset_size": min(KERNEL_SUBSET_SIZE, *rows) if len(rows) == 2 else None,
+        "resolution": generated.resolution,
     }
-    known |= {key: _text(made, key) for key in ("solver", "labels", "guide", "mixed_precision")}
-    return EvalProtocol(
-        num_samples=generated.count,
-        feature_network=name,
-        reference=settings.reference,
-        num_reference=real.count,
-        k=settings.k,
-        reference_hash=real.digest,
-        reference_features=None if theirs is None else len(theirs),
-        kernel_subset_size=min(KERNEL_SUBSET_SIZE, *rows) if len(rows) == 2 else None,
-        resolution=generated.resolution,
-        **known,
-    )
+    return build(EvalProtocol, _made(generated.record) | values, SAMPLES_RECORD)
+
+
+def check_record(record: Mapping[str, Any]) -> None:
+    """Refuses what samples.json says before an image is read for its features.
+
+    Raises:
+        ConfigError: a value is of another kind, or out of range.
+    """
+    rest = {"num_samples": 100, "feature_network": "", "reference": "", "num_reference": 100}
+    build(EvalProtocol, _made(record) | rest, SAMPLES_RECORD)
+
+
+def _made(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a protocol that say how the samples were made; unknown ones where there is no record."""
+    numbers = ("num_steps", "guidance_scale", "guidance_interval", "ema", "seed")
+    made = {key: record.get(key) for key in numbers}
+    return made | {key: _text(record, key) for key in ("solver", "labels", "guide", "mixed_precision")}
 
 
 def _text(record: Mapping[str, Any], key: str) -> str:
     value = record.get(key, UNKNOWN)
-    if value is None:
+    if value is None:  # as samples.json writes it: no guide
         return "none"
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
