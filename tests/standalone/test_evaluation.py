@@ -1,5 +1,6 @@
 """``vrpo eval`` on real files: small networks, folders, ADM's npz, stored features."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from fakes.inception import write_inception_weights
 from PIL import Image
 
 from vrpo_plugin.cli import main
+from vrpo_plugin.commands import evaluate
 from vrpo_plugin.errors import ConfigError
 from vrpo_plugin.standalone.evaluate import EvalResult, read_results
 from vrpo_plugin.standalone.evaluation import run_evaluation
@@ -300,12 +302,12 @@ def test_unusable_arguments_are_refused(folder):
         EvalSettings("real", "samples", batch_size=0)
 
 
-def test_every_option_is_explained(capsys):
-    with pytest.raises(SystemExit):
-        main(["eval", "--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    for option in ("SAMPLES", *(f"--{name}" for name in ("reference REF", "inception FILE", "network NET", "k K"))):
-        assert text.split(f"{option} ")[-1][:1].isalpha(), option
+def test_every_option_is_explained():
+    commands = argparse.ArgumentParser().add_subparsers()
+    evaluate.add(commands, wanted=True)
+    actions = commands.choices["eval"]._actions
+    assert len(actions) == 14
+    assert all(len(action.help.split()) > 5 for action in actions[1:])
 
 
 @pytest.mark.slow
@@ -339,6 +341,7 @@ def test_inceptions_numbers_are_those_of_torch_fidelity_on_the_same_images(folde
     theirs = torch_fidelity.calculate_metrics(
         input1="samples",
         input2="cropped",
+        feature_extractor="inception-v3-compat",
         feature_extractor_weights_path=str(tmp_path / "inception.pth"),
         fid=True,
         kid=True,

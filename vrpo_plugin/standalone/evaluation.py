@@ -31,7 +31,7 @@ from vrpo_plugin.standalone.references import (
     open_samples,
     with_statistics,
 )
-from vrpo_plugin.standalone.stamp import EvalSettings, check_record, origin_of, protocol_of
+from vrpo_plugin.standalone.stamp import EvalSettings, check_counts, check_record, origin_of, protocol_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -82,6 +82,7 @@ def run_evaluation(settings: EvalSettings, say: Callable[[str], object] = lambda
         do = "Leave --resolution out, or sample at that size: samples are never resized."
         raise ConfigError("--resolution", expected=f"{given}, that of the samples", got=settings.resolution, do=do)
     reference = open_reference(settings.reference, given or settings.resolution)
+    check_counts(settings, None if samples is None else samples.count, reference.count)
     accelerator = Accelerator()
     say = say if accelerator.is_main_process else lambda line: None
     networks = _open_networks(settings, samples, reference, accelerator)

@@ -183,7 +183,7 @@ def extract(
         what: the images' name beside the progress bar.
         keep: pooled features of at most so many evenly spaced images are kept; None keeps all.
         batch_size: images per call of a network on each process.
-        num_workers: processes that read images, for each process.
+        num_workers: processes that read images, for each process; at most as many as there are CPU cores.
         record: how the images were made.
 
     Returns:
@@ -239,7 +239,8 @@ def _gathered(
     rounds = math.ceil(len(batches) / world)
     # A process without a batch in the last round repeats the first, which is left out again below.
     mine = [batches[i] if i < len(batches) else batches[0] for i in _positions(rounds, accelerator)]
-    loader = DataLoader(_Items(images), batch_sampler=mine, num_workers=num_workers)  # type: ignore[arg-type]
+    workers = min(num_workers, os.cpu_count() or 1)
+    loader = DataLoader(_Items(images), batch_sampler=mine, num_workers=workers)  # type: ignore[arg-type]
     for number, (pixels, digests) in enumerate(loader):
         with torch.no_grad(), torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
             parts = {(one.name, part): value for one in networks for part, value in one.parts(pixels).items()}

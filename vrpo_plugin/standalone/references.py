@@ -46,6 +46,11 @@ class Images:
         """Side of the images in pixels."""
         return self.images.resolution
 
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.images)
+
 
 def open_samples(path: str) -> Images | FeatureSet:
     """Opens samples: a folder of images, an .npz file, or the .safetensors file that ``--save-samples`` wrote.

@@ -60,17 +60,9 @@ class EvalSettings:
 
 
 def protocol_of(name: str, real: FeatureSet, generated: FeatureSet, settings: EvalSettings) -> EvalProtocol:
-    """Everything that moves the numbers of one feature network and is not the model.
-
-    Raises:
-        DataError: too few images for ``settings.k`` neighbours.
-    """
+    """Everything that moves the numbers of one feature network and is not the model."""
     ours, theirs = generated.networks[name].pool, real.networks[name].pool
     rows = [len(one) for one in (ours, theirs) if one is not None]
-    if generated.count is None or min(generated.count, *rows) <= settings.k:
-        got = f"{generated.count} samples, {real.count} reference images"
-        do = "Give more images, or a smaller --k."
-        raise DataError("images", expected=f"more than k = {settings.k} of each", got=got, do=do)
     values = {
         "num_samples": generated.count,
         "feature_network": name,
@@ -83,6 +75,18 @@ def protocol_of(name: str, real: FeatureSet, generated: FeatureSet, settings: Ev
         "resolution": generated.resolution,
     }
     return build(EvalProtocol, _made(generated.record) | values, SAMPLES_RECORD)
+
+
+def check_counts(settings: EvalSettings, samples: int | None, reference: int | None) -> None:
+    """Refuses sets that are too small; None is not known.
+
+    Raises:
+        DataError: not more than ``settings.k`` images in one of them.
+    """
+    for what, count in (("samples", samples), ("reference images", reference)):
+        if count is not None and count <= settings.k:
+            do = "Give more images, or a smaller --k."
+            raise DataError(what, expected=f"more than k = {settings.k}", got=count, do=do)
 
 
 def check_record(record: Mapping[str, Any]) -> None:
