@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -308,6 +309,8 @@ def test_every_option_is_explained():
     actions = commands.choices["eval"]._actions
     assert len(actions) == 14
     assert all(len(action.help.split()) > 5 for action in actions[1:])
+    page = (REPO / "docs" / "evaluation.md").read_text("utf-8")
+    assert set(re.findall(r"--[a-z][a-z-]+", page)) <= {option for action in actions for option in action.option_strings}
 
 
 @pytest.mark.slow

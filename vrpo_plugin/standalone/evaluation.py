@@ -84,7 +84,19 @@ def run_evaluation(settings: EvalSettings, say: Callable[[str], object] = lambda
     reference = open_reference(settings.reference, given or settings.resolution)
     check_counts(settings, None if samples is None else samples.count, reference.count)
     accelerator = Accelerator()
-    say = say if accelerator.is_main_process else lambda line: None
+    heard = say if accelerator.is_main_process else lambda line: None
+    done = _evaluate(settings, samples, reference, accelerator, heard)
+    accelerator.end_training()
+    return done
+
+
+def _evaluate(
+    settings: EvalSettings,
+    samples: Images | FeatureSet | None,
+    reference: Images | FeatureSet,
+    accelerator: "Accelerator",
+    say: Callable[[str], object],
+) -> Evaluation:
     networks = _open_networks(settings, samples, reference, accelerator)
     names = [one if isinstance(one, str) else one.name for one in networks]
     reference = of_networks(reference, names, settings.reference)
@@ -94,10 +106,8 @@ def run_evaluation(settings: EvalSettings, say: Callable[[str], object] = lambda
     if settings.save_reference is not None and real is not None:
         real.save(settings.save_reference)
         say(f"wrote {settings.save_reference}: statistics of {real.count} images in {', '.join(real.networks)}")
-    if samples is None:
-        return Evaluation()
-    generated = _features(samples, networks, settings, accelerator, say, keep=None)
-    if real is None or generated is None:
+    generated = None if samples is None else _features(samples, networks, settings, accelerator, say, keep=None)
+    if real is None or generated is None:  # no samples, or not the first process
         return Evaluation()
     if settings.save_samples is not None:
         generated.save(settings.save_samples)
@@ -130,8 +140,8 @@ def _check_outputs(settings: EvalSettings) -> None:
 
 def _open_networks(
     settings: EvalSettings,
-    samples: "Images | FeatureSet | None",
-    reference: "Images | FeatureSet",
+    samples: Images | FeatureSet | None,
+    reference: Images | FeatureSet,
     accelerator: "Accelerator",
 ) -> Sequence[Extractor | str]:
     """The feature networks; their names alone where both sides are features already."""
@@ -161,7 +171,7 @@ def _read_baseline(path: str, names: Sequence[str]) -> list[EvalResult]:
 
 
 def _features(
-    one: "Images | FeatureSet",
+    one: Images | FeatureSet,
     networks: Sequence[Extractor | str],
     settings: EvalSettings,
     accelerator: "Accelerator",
