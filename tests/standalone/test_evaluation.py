@@ -310,7 +310,9 @@ def test_every_option_is_explained():
     assert len(actions) == 14
     assert all(len(action.help.split()) > 5 for action in actions[1:])
     page = (REPO / "docs" / "evaluation.md").read_text("utf-8")
-    assert set(re.findall(r"--[a-z][a-z-]+", page)) <= {option for action in actions for option in action.option_strings}
+    assert set(re.findall(r"--[a-z][a-z-]+", page)) <= {
+        option for action in actions for option in action.option_strings
+    }
 
 
 @pytest.mark.slow

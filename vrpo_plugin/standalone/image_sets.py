@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from vrpo_plugin.standalone.sources import _names_below, _open_image, _to_tensor, center_crop, data_error
+from vrpo_plugin.standalone.sources import _FileList, _names_below, _open_image, _to_tensor, center_crop, data_error
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 SAMPLES_RECORD = "samples.json"  # beside the samples: how they were made
@@ -42,17 +42,14 @@ class FolderImages:
     """
 
     def __init__(self, root: str | os.PathLike[str], resolution: int | None = None) -> None:
-        self._root, self._crops = Path(root), resolution is not None
-        self._names = _names_below(self._root, IMAGE_ENDINGS)
-        if not self._names:
-            expected = f"images ({', '.join(IMAGE_ENDINGS)})"
-            raise data_error(self._root, expected, "none", "Point at the folder that holds them.")
-        self.resolution = _open_image(self._root / self._names[0]).width if resolution is None else resolution
+        root, self._crops = Path(root), resolution is not None
+        self._files = _FileList(root, _names_below(root, IMAGE_ENDINGS))
+        self.resolution = _open_image(self._files.path(0)).width if resolution is None else resolution
         if not self._crops:
             self[0]
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._files)
 
     def __getitem__(self, index: int) -> Tensor:
         """Image uint8 (3, S, S).
@@ -60,7 +57,7 @@ class FolderImages:
         Raises:
             DataError: the file cannot be read, or has another size than the first, or is not square.
         """
-        path, side = self._root / self._names[index], self.resolution
+        path, side = self._files.path(index), self.resolution
         image = _open_image(path).convert("RGB")
         if self._crops:
             image = center_crop(image, side)
