@@ -201,20 +201,19 @@ def extract(
     rows: dict[tuple[str, str], list[Tensor]] = {}
     digest = hashlib.sha256()
     start, main = 0, accelerator.is_main_process
-    bar = progress(count, what, unit="image", enabled=main)
-    for values, digests in _gathered(images, networks, accelerator, batch_size, num_workers):
-        size = len(digests)
-        if main:
-            digest.update(digests.numpy().tobytes())
-            chosen = torch.tensor([i in kept for i in range(start, start + size)])
-            for key, value in values.items():
-                if key[1] != LOGITS:
-                    running.setdefault(key, _Running()).add(value.numpy())
-                if key[1] in (POOL, LOGITS):
-                    rows.setdefault(key, []).append(value[chosen])
-        start += size
-        bar.update(size)
-    bar.close()
+    with progress(count, what, unit="image", enabled=main) as bar:
+        for values, digests in _gathered(images, networks, accelerator, batch_size, num_workers):
+            size = len(digests)
+            if main:
+                digest.update(digests.numpy().tobytes())
+                chosen = torch.tensor([i in kept for i in range(start, start + size)])
+                for key, value in values.items():
+                    if key[1] != LOGITS:
+                        running.setdefault(key, _Running()).add(value.numpy())
+                    if key[1] in (POOL, LOGITS):
+                        rows.setdefault(key, []).append(value[chosen])
+            start += size
+            bar.update(size)
     if not main:
         return None
     found = {key: one.statistics() for key, one in running.items()}
