@@ -103,6 +103,18 @@ def test_one_image_and_infinite_features_are_refused(tmp_path):
         extract(open_images(path), broken, Accelerator(cpu=True), what="images")
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_named_in_one_line(tmp_path, num_workers):
+    from PIL import Image
+
+    for number in range(9):
+        Image.new("RGB", (5, 5)).save(tmp_path / f"{number}.png")
+    whole = (tmp_path / "7.png").read_bytes()
+    (tmp_path / "7.png").write_bytes(whole[:-30])
+    with pytest.raises(DataError, match=r"^\S+7.png: expected a readable image, got .* Replace or remove .*$"):
+        extracted(tmp_path, num_workers=num_workers)
+
+
 def test_a_file_of_features_is_read_as_it_was_written(tmp_path):
     found = extracted(images_file(tmp_path), keep=5, record={"solver": "heun"})
     found.save(tmp_path / "stored.safetensors")

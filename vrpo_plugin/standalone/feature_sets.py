@@ -148,16 +148,28 @@ class _Running:
         return FeatureStatistics(self.mean, self.scatter / (self.count - 1), self.count)
 
 
-class _Items(Dataset[tuple[Tensor, Tensor]]):
+class _Items(Dataset[tuple[Tensor, Tensor] | DataError]):
     """Images with a hash of their pixels."""
 
     def __init__(self, images: ImageSet) -> None:
         self.images = images
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image = self.images[index]
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | DataError:
+        try:
+            image = self.images[index]
+        except DataError as error:
+            return error  # raised by a worker it would come with the worker's traceback, as one text
         digest = hashlib.sha256(image.numpy().tobytes()).digest()
         return image, torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+
+
+def _collate(items: list[tuple[Tensor, Tensor] | DataError]) -> tuple[Tensor, Tensor] | DataError:
+    read = []
+    for item in items:
+        if isinstance(item, DataError):
+            return item
+        read.append(item)
+    return torch.stack([image for image, _ in read]), torch.stack([digest for _, digest in read])
 
 
 def extract(
@@ -239,8 +251,11 @@ def _gathered(
     # A process without a batch in the last round repeats the first, which is left out again below.
     mine = [batches[i] if i < len(batches) else batches[0] for i in _positions(rounds, accelerator)]
     workers = min(num_workers, os.cpu_count() or 1)
-    loader = DataLoader(_Items(images), batch_sampler=mine, num_workers=workers)  # type: ignore[arg-type]
-    for number, (pixels, digests) in enumerate(loader):
+    loader = DataLoader(_Items(images), batch_sampler=mine, num_workers=workers, collate_fn=_collate)  # type: ignore[arg-type]
+    for number, batch in enumerate(loader):
+        if isinstance(batch, DataError):
+            raise batch
+        pixels, digests = batch
         with torch.no_grad(), torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
             parts = {(one.name, part): value for one in networks for part, value in one.parts(pixels).items()}
         sizes = [value.shape[1] for value in parts.values()]
