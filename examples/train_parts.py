@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from train_options import TrainOptions
+from train_options import EVAL_SEED, TrainOptions
 
 from vrpo_plugin import ConfigError, VRPOAligner, VRPOConfig
 from vrpo_plugin.encoders import Targets
@@ -327,4 +327,4 @@ class Painter:
             network = self._network
             network.encoder.to(self.device)
         protocol = options.protocol(network.name, len(real), f"training images {self.source.fingerprint()}")
-        return evaluate(network, real, self.images(model, protocol.num_samples, protocol.seed), protocol)
+        return evaluate(network, real, self.images(model, protocol.num_samples, EVAL_SEED), protocol)

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from vrpo_plugin.errors import ConfigError, DataError
-from vrpo_plugin.standalone.evaluate import EvalProtocol, EvalResult, compare, evaluate
+from vrpo_plugin.standalone.evaluate import (
+    EvalProtocol,
+    EvalResult,
+    append_results,
+    compare,
+    evaluate,
+    frechet_ratios,
+    read_results,
+)
 from vrpo_plugin.standalone.features import train_small_features
 from vrpo_plugin.standalone.frechet import FeatureStatistics, frechet_distance
 from vrpo_plugin.standalone.precision_recall import precision_recall
@@ -33,6 +41,12 @@ OTHER = {
     "labels": "uniform",
     "seed": 1,
     "k": 5,
+    "reference_hash": "0123456789abcdef",
+    "reference_features": 1000,
+    "kernel_subset_size": 500,
+    "resolution": 32,
+    "guide": '{"strength": 0.5}',
+    "mixed_precision": "bf16",
 }
 
 
@@ -100,6 +114,79 @@ def test_every_field_is_compared():
         assert named == [name]
     with pytest.raises(ConfigError, match="seed"):
         compare(result(), result(solver="heun", seed=3))
+
+
+def test_what_only_one_of_two_measured_is_not_compared():
+    both = replace(result(), kernel_distance=0.25), replace(result(), kernel_distance=0.5, inception_score=9.0)
+    assert compare(*both)["kernel_distance"] == 0.25 and "inception_score" not in compare(*both)
+    assert "recall" not in compare(replace(result(), recall=None), result())
+
+
+def test_one_reference_may_have_two_names():
+    here, there = (result(reference_hash="0123456789abcdef", reference=name) for name in ("/a/test", "/b/test"))
+    assert compare(here, there)["recall"] == 0
+    with pytest.raises(ConfigError, match="different reference "):
+        compare(result(reference="/a/test"), result(reference="/b/test"))
+
+
+def test_unknown_values_are_named_and_equal_only_to_each_other():
+    known = {"solver": "unknown", "num_steps": None, "guidance_scale": None, "guidance_interval": None, "ema": None}
+    unknown = result(**known, labels="unknown", seed=None, guide="unknown", num_reference=None)
+    assert unknown.protocol.name == "fd2k_unknown"
+    assert unknown.protocol.unknown == [*known, "labels", "seed", "guide", "mixed_precision"]
+    assert result(mixed_precision="no").protocol.unknown == []
+    assert EvalResult.from_json(unknown.to_json()) == unknown
+    assert compare(unknown, unknown)["recall"] == 0
+    with pytest.raises(ConfigError, match=r"different solver \(euler and unknown\), num_steps \(50 and None\)"):
+        compare(result(), unknown)
+
+
+def test_a_result_of_the_first_edition_is_read():
+    former = {"solver": "euler", "num_steps": 50, "num_samples": 2000, "feature_network": "small-plain-32-01234567"}
+    former |= {"reference": "training images 1", "num_reference": 10_000, "guidance_scale": 1.0, "ema": 0.999}
+    former |= {"guidance_interval": [0.0, 1.0], "labels": "data", "seed": 1, "k": 3}
+    text = json.dumps({"protocol": former, "frechet_distance": 3.0, "precision": 0.5, "recall": 0.25})
+    read = EvalResult.from_json(text)
+    assert read.metrics == {"frechet_distance": 3.0, "precision": 0.5, "recall": 0.25}
+    assert read.protocol.resolution is None and read.origin == {}
+
+
+def test_results_are_added_and_read_in_order(tmp_path):
+    path = tmp_path / "evaluations.jsonl"
+    first, second = result(1.0), replace(result(2.0), origin={"step": 5})
+    append_results(path, [first])
+    before = path.read_bytes()
+    append_results(path, [second, first])
+    assert path.read_bytes().startswith(before)
+    assert read_results(path) == [first, second, first]
+    path.write_bytes(before.rstrip(b"\n"))  # a file that an editor closed without a line's end
+    append_results(path, [second])
+    assert read_results(path) == [first, second]
+    (tmp_path / "evaluation.json").write_text(first.to_json() + "\n")
+    assert read_results(tmp_path / "evaluation.json") == [first]
+
+
+def test_other_files_are_not_read_as_results(tmp_path):
+    with pytest.raises(ConfigError, match="a file of results"):
+        read_results(tmp_path / "none.jsonl")
+    for text in ("", "{", "{}\n{}", "1"):
+        (tmp_path / "other").write_text(text)
+        with pytest.raises(ConfigError, match="evaluation result"):
+            read_results(tmp_path / "other")
+
+
+def test_ratios_are_of_the_last_result_of_each_network():
+    def of(network, distance, **changes):
+        return result(distance, feature_network=network, **changes)
+
+    baseline = [of("a", 9.0), of("b", 5.0), of("a", 4.0)]
+    assert frechet_ratios(baseline, [of("a", 2.0), of("b", 10.0)]) == {"a": 0.5, "b": 2.0}
+    with pytest.raises(ConfigError, match="different seed"):
+        frechet_ratios(baseline, [of("a", 2.0, seed=3)])
+    with pytest.raises(ConfigError, match="above 0 in c, got results of a, b"):
+        frechet_ratios(baseline, [of("c", 2.0)])
+    with pytest.raises(ConfigError, match="above 0"):
+        frechet_ratios([of("a", 0.0)], [of("a", 2.0)])
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Improved precision and recall: how much of one set lies in the other's neighbourhood."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,14 @@ class PrecisionRecall:
     recall: float
 
 
-def precision_recall(real: Tensor, generated: Tensor, *, k: int = 3, chunk_size: int = 1024) -> PrecisionRecall:
+def precision_recall(
+    real: Tensor,
+    generated: Tensor,
+    *,
+    k: int = 3,
+    chunk_size: int = 1024,
+    on_rows: Callable[[int], object] = lambda rows: None,
+) -> PrecisionRecall:
     """Improved precision and recall, exact.
 
     precision = share of generated g with |g - r| <= rho_k(r) for a real r; recall the same, roles swapped;
@@ -29,6 +37,7 @@ def precision_recall(real: Tensor, generated: Tensor, *, k: int = 3, chunk_size:
         k: neighbours, at least 1.
         chunk_size: rows of the distance matrix held at a time; memory is 8 * chunk_size * max(N, M) bytes
             or a small multiple.
+        on_rows: called with the number of rows after each chunk, N + 2 M rows in all, for a progress bar.
 
     Returns:
         Precision and recall.
@@ -43,20 +52,25 @@ def precision_recall(real: Tensor, generated: Tensor, *, k: int = 3, chunk_size:
     _check(real, generated, k, chunk_size)
     dtype = widest_dtype(real.device)
     real, generated = real.detach().to(dtype), generated.detach().to(real.device, dtype)
-    real_radii = _radii(real, k, chunk_size)
-    generated_radii = _radii(generated, k, chunk_size)
+    real_radii = _radii(real, k, chunk_size, on_rows)
+    generated_radii = _radii(generated, k, chunk_size, on_rows)
     precise = 0
     recalled = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     for rows, radii in zip(generated.split(chunk_size), generated_radii.split(chunk_size), strict=True):
         distances = _distances(rows, real)
         precise += int((distances <= real_radii).any(1).sum())
         recalled |= (distances <= radii[:, None]).any(0)
+        on_rows(len(rows))
     return PrecisionRecall(precise / len(generated), int(recalled.sum()) / len(real))
 
 
-def _radii(points: Tensor, k: int, chunk_size: int) -> Tensor:
-    # k + 1: the smallest distance is that of a point to itself.
-    return torch.cat([_distances(rows, points).kthvalue(k + 1, 1).values for rows in points.split(chunk_size)])
+def _radii(points: Tensor, k: int, chunk_size: int, on_rows: Callable[[int], object]) -> Tensor:
+    radii = []
+    for rows in points.split(chunk_size):
+        # k + 1: the smallest distance is that of a point to itself.
+        radii.append(_distances(rows, points).kthvalue(k + 1, 1).values)
+        on_rows(len(rows))
+    return torch.cat(radii)
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
