@@ -157,6 +157,7 @@ def facts(runs: Sequence[Run]) -> dict[str, list[Any]]:
         "seconds, all steps": [run.seconds for run in runs],
         "steps left out (not finite)": [_total(run, "skipped") for run in runs],
         "rewards lost their weight (vrpo/fallback)": [_last(run, "vrpo/fallback") for run in runs],
+        "reward hacking (held_out/alarm)": [_last(run, "held_out/alarm") for run in runs],
     }
     for package in dict.fromkeys(name for run in runs for name in run.versions):
         rows[f"version of {package}"] = [run.versions.get(package) for run in runs]

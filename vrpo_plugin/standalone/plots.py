@@ -20,7 +20,7 @@ METRICS = (
     "*_loss",
     "loss/*",
     "vrpo/reward/*",
-    "held_out/*",
+    "held_out/reward/*",
     "vrpo/weight/*",
     "vrpo/*_cos",
     "grad_norm*",

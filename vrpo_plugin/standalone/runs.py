@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from vrpo_plugin.standalone.host_logs import LOG, can_read_events, event_folders
 from vrpo_plugin.standalone.series import Metrics, read_metrics
 
 CONFIG, METRICS, SAMPLES = "config.json", "metrics.jsonl", "samples"
+HELD_OUT = "held_out.jsonl"  # looks of the monitor against reward hacking
 RESULTS = "*evaluations.jsonl"  # of vrpo eval, in a folder of samples or beside their file
 BENCHMARK = "convergence.json"  # of benchmarks/convergence
 _WHICH = ("step", "checkpoint")  # say what was measured, and not how
@@ -154,7 +155,11 @@ def _refuse(path: Path) -> None:
 
 def _metrics(path: Path, notes: list[str]) -> Metrics | None:
     if (path / METRICS).exists():
-        return read_metrics(path / METRICS)
+        found = read_metrics(path / METRICS)
+        if not (path / HELD_OUT).exists():
+            return found
+        looks = read_metrics(path / HELD_OUT)
+        return replace(found, series={**found.series, **looks.series}, notes=(*found.notes, *looks.notes))
     log = path if path.is_file() else path / LOG
     has_log = is_host_log(log)
     if event_folders(path):
