@@ -29,6 +29,7 @@ METRICS = (
 )
 LOGARITHMIC = ("grad_norm*", "vrpo/gradient_ratio")
 COLUMNS = 4
+CELL = (3.7, 2.5)  # inches of an axis with its numbers and title
 SHARE = 50  # the default window is this part of the run
 
 
@@ -97,37 +98,51 @@ def draw(runs: Sequence[Run], *, metrics: Sequence[str] = METRICS, window: int |
     """
     check_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     names, window = chosen_metrics(runs, metrics), window or default_window(runs)
-    columns = min(COLUMNS, len(names))
-    rows = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(3.7 * columns, 2.5 * rows + 0.9), layout="constrained")
+    figure, axes = _axes(len(names), _legend_rows(runs, len(names)))
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    colours = _colours(len(runs))
     lines: dict[str, Any] = {}
-    for axis, name in zip(axes, names, strict=False):
-        for run, colour in zip(runs, _colours(len(runs)), strict=True):
+    for axis, name in zip(axes, names, strict=True):
+        for run, colour in zip(runs, colours, strict=True):
             if name in run.metrics.series:
                 lines[run.name] = _curve(axis, run, name, window, colour)
-        axis.set_title(name.removeprefix("vrpo/"), fontsize=9)
+        axis.set_title(name.removeprefix("vrpo/"), fontsize=9, pad=4)
         axis.tick_params(labelsize=7, which="both")
-        axis.set_xlabel("step", fontsize=7)
+        axis.set_xlabel("step", fontsize=7, labelpad=1)
         axis.grid(alpha=0.2)
-    for axis in list(figure.axes)[len(names) :]:
-        axis.remove()
-    figure.suptitle(_caption(runs, window), fontsize=9)
-    figure.legend(
-        lines.values(),
-        lines.keys(),
-        loc="outside lower left",
-        ncols=max(1, min(4, len(lines))),
-        fontsize=8,
-        frameon=False,
-    )
+    figure.suptitle(_caption(runs, window), fontsize=9, y=1 - 0.05 / figure.get_figheight(), va="top")
+    number = -(-len(lines) // _legend_rows(runs, len(names)))
+    figure.legend(lines.values(), lines.keys(), loc="lower left", ncols=number, fontsize=8, frameon=False)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=110, format="png", metadata={"Software": MARK})
     return picture.getvalue()
+
+
+def _axes(number: int, legend_rows: int) -> tuple[Any, list[Any]]:
+    """A figure and its axes. Their places are set in inches: matplotlib's own layouts take twice the time to draw."""
+    from matplotlib.figure import Figure
+
+    columns = min(COLUMNS, number)
+    rows = math.ceil(number / columns)
+    legend = 0.15 + 0.2 * legend_rows
+    width, height = CELL[0] * columns, CELL[1] * rows + legend + 0.1
+    figure = Figure(figsize=(width, height))
+    axes = []
+    for i in range(number):
+        left, above = CELL[0] * (i % columns) + 0.55, CELL[1] * (i // columns) + 0.45
+        inner = CELL[0] - 0.7, CELL[1] - 0.75
+        bottom = height - above - inner[1]
+        axes.append(figure.add_axes((left / width, bottom / height, inner[0] / width, inner[1] / height)))
+    return figure, axes
+
+
+def _legend_rows(runs: Sequence[Run], axes: int) -> int:
+    """Rows of the legend in which the longest name fits."""
+    width = CELL[0] * min(COLUMNS, axes)
+    needed = 0.6 + 0.075 * max(len(run.name) for run in runs)  # inches
+    return math.ceil(len(runs) / max(1, int(width / needed)))
 
 
 def _curve(axis: Any, run: Run, name: str, window: int, colour: Any) -> Any:
