@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vrpo_plugin._version import __version__
-from vrpo_plugin.errors import ConfigError
+from vrpo_plugin.errors import ConfigError, VRPOError
 from vrpo_plugin.files import write_file
 from vrpo_plugin.standalone.comparison import (
     MISSING,
@@ -56,6 +56,7 @@ def write_plot(
 
     Raises:
         ConfigError: another ending, a foreign file, no run, no such metric, or no matplotlib.
+        VRPOError: the disk's refusal.
     """
     check_matplotlib()
     if output is None:
@@ -69,7 +70,12 @@ def write_plot(
     check_output(output, overwrite=overwrite)
     runs = read_runs(paths)
     chosen: dict[str, Any] = {"metrics": metrics, "window": window}
-    write_file(output, draw(runs, **chosen) if output.suffix.lower() == ".png" else report(runs, **chosen))
+    content = draw(runs, **chosen) if output.suffix.lower() == ".png" else report(runs, **chosen)
+    try:
+        write_file(output, content)
+    except OSError as error:
+        do = "Name a file by -o in a folder that you may write."
+        raise VRPOError(str(output), expected="a file that can be written", got=error, do=do) from error
     return output, [note for run in runs for note in run.notes]
 
 

@@ -108,8 +108,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def _read(path: Path, name: str) -> Run:
     notes: list[str] = []
     record = _mapping(path / CONFIG, notes)
-    settings = record.get("settings")
-    settings = settings if isinstance(settings, Mapping) else {}
+    settings = _inner(record, "settings")
     metrics = _metrics(path, notes)
     evaluations = sorted(_evaluations(path, settings, metrics, notes), key=lambda e: (e.step is None, e.step or 0))
     if metrics is None and not evaluations and not settings:
@@ -117,7 +116,7 @@ def _read(path: Path, name: str) -> Run:
     notes += _repeated(evaluations)
     metrics = metrics or Metrics({}, 0, 0, np.empty(0))
     grids = sorted((path / SAMPLES).glob("*.png"), key=lambda file: (len(file.stem), file.stem))
-    versions = {key: str(value) for key, value in (record.get("versions") or {}).items()}
+    versions = {key: str(value) for key, value in _inner(record, "versions").items()}
     return Run(
         name, path, settings, versions, metrics, tuple(evaluations), grids[-1] if grids else None,
         (*notes, *metrics.notes),
@@ -183,17 +182,21 @@ def _evaluations(
     for file in sorted(path.glob("evaluation*.json")):
         yield from _evaluation(_mapping(file, notes), file, notes, last)
     for file in sorted({found for depth in ("", "*/", "*/*/") for found in path.glob(depth + RESULTS)}):
-        for number, line in enumerate(file.read_text("utf-8", errors="replace").splitlines(), start=1):
+        for number, line in enumerate(_text(file, notes).splitlines(), start=1):
             if line.strip():
                 yield from _evaluation(_parsed(line, f"{file}: line {number}", notes), file, notes, None)
-    record = _mapping(path / BENCHMARK, notes)
-    for point in record.get("points", ()):
-        for network, numbers in point.get("judges", {}).items():
-            protocol = {**record.get("judging", {}), "network": network, "guidance_scale": point.get("guidance")}
+    yield from _benchmark_points(path / BENCHMARK, notes)
+
+
+def _benchmark_points(file: Path, notes: list[str]) -> Iterator[Evaluation]:
+    record = _mapping(file, notes)
+    shared, points = _inner(record, "judging"), record.get("points")
+    for point in points if isinstance(points, list) else ():
+        for network in (by_network := _inner(point, "judges")):
+            protocol = {**shared, "network": network, "guidance_scale": point.get("guidance")}
+            numbers = _inner(by_network, network)
             named = {"frechet_distance" if name == "fd" else name: value for name, value in numbers.items()}
-            yield from _evaluation(
-                {"protocol": protocol, "step": point.get("step"), **named}, path / BENCHMARK, notes, None
-            )
+            yield from _evaluation({"protocol": protocol, "step": point.get("step"), **named}, file, notes, None)
 
 
 def _evaluation(record: Mapping[str, Any], file: Path, notes: list[str], step: int | None) -> Iterator[Evaluation]:
@@ -209,9 +212,7 @@ def _evaluation(record: Mapping[str, Any], file: Path, notes: list[str], step: i
 
 
 def _step(record: Mapping[str, Any], protocol: Mapping[str, Any], file: Path, default: int | None) -> int | None:
-    origin = record.get("origin")
-    origin = origin if isinstance(origin, Mapping) else {}
-    for given in (origin.get("step"), record.get("step"), protocol.get("step")):
+    for given in (_inner(record, "origin").get("step"), record.get("step"), protocol.get("step")):
         if isinstance(given, int):
             return given
     for name in (record.get("checkpoint"), protocol.get("checkpoint"), file.parent.name):
@@ -223,19 +224,27 @@ def _step(record: Mapping[str, Any], protocol: Mapping[str, Any], file: Path, de
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300  # as float can hold
 
 
 def _mapping(file: Path, notes: list[str]) -> dict[str, Any]:
     """A JSON file's mapping; empty where the file is missing, or cannot be read, which is noted."""
+    text = _text(file, notes) if file.exists() else ""
+    return _parsed(text, str(file), notes) if text else {}
+
+
+def _text(file: Path, notes: list[str]) -> str:
     try:
-        text = file.read_text("utf-8", errors="replace")
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
+        return file.read_text("utf-8", errors="replace")
     except OSError as error:
         notes.append(f"{file}: {error}: skipped")
-        return {}
-    return _parsed(text, str(file), notes)
+        return ""
+
+
+def _inner(record: object, name: str) -> Mapping[str, Any]:
+    """A mapping inside a mapping; empty where either is something else."""
+    found = record.get(name) if isinstance(record, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
 
 
 def _parsed(text: str, subject: str, notes: list[str]) -> dict[str, Any]:
