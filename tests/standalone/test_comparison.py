@@ -170,6 +170,19 @@ def test_one_run_and_the_same_run_twice_are_refused(tmp_path: Path) -> None:
             main(["compare", *map(str, arguments)])
 
 
+def test_files_of_another_shape_are_no_traceback(tmp_path: Path) -> None:
+    a, b = finished(tmp_path / "a", 2.0), finished(tmp_path / "b", 1.0)
+    (b / "config.json").write_text('{"settings": 3, "versions": []}')
+    (b / "convergence.json").write_text('{"points": [1, {"judges": {"classes": 2}}], "judging": null}')
+    (b / "evaluation-2.json").write_text(f'{{"protocol": {{}}, "fid": 1{"0" * 400}, "kid": true}}')
+    (b / "evaluation-3.json").mkdir()
+    (b / "evaluation-4.json").write_text('{"fid": 1}')
+    found = compared(a, b)
+    assert [group["protocol"]["num_steps"] for group in found["evaluations"]] == [50]
+    assert any("evaluation-3.json" in note and "directory" in note for note in found["notes"])
+    assert any("evaluation-4.json: an evaluation without its protocol" in note for note in found["notes"])
+
+
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     a, b = finished(tmp_path / "a", 2.0), finished(tmp_path / "b", 1.0)
     (b / "evaluation.json").write_text("{")

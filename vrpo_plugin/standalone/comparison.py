@@ -152,7 +152,7 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
 def facts(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """Steps and times: what, to a value per run; a row that no run has is left out."""
     rows: dict[str, list[Any]] = {
-        "steps": [run.metrics.last_step for run in runs],
+        "steps": [run.metrics.last_step or None for run in runs],
         "seconds a step (median)": [run.seconds_a_step for run in runs],
         "seconds, all steps": [run.seconds for run in runs],
         "steps left out (not finite)": [_total(run, "skipped") for run in runs],

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,8 @@ from einops import reduce
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import default_collate
+from tqdm import tqdm
 
-from vrpo_plugin.errors import DataError
 from vrpo_plugin.files import write_file
 from vrpo_plugin.functional.interpolant import PathType, clean_estimate, noisy_sample
 from vrpo_plugin.functional.rewards import RewardState
@@ -179,6 +180,8 @@ class HeldOutWatch:
 
     def _prepare(self, device: torch.device) -> None:
         images, labels = all_images(self.source, NETWORK_IMAGES)
+        text = f"monitor: training a small network on {len(images)} images, to look at the rewards' estimates (once)"
+        tqdm.write(text, file=sys.stderr)
         with torch.enable_grad():
             network = train_small_features(images, labels, seed=SEED, architecture="plain", width=24, device=device)
         samples = TrainingSamples(self.source, seed=SEED, label_drop_prob=0.0, path_type=self.path_type)
@@ -201,18 +204,14 @@ class HeldOutWatch:
         return reduce(cosine, "b n -> b", "mean").tolist()
 
     def _rows(self) -> list[dict[str, Any]]:
-        """The looks of the file.
-
-        Raises:
-            DataError: it holds something else.
-        """
+        """The looks of the file; a damaged one is no reason to end a run."""
         text = self.path.read_text("utf-8") if self.path.exists() else ""
         try:
             rows = [json.loads(line) for line in text.splitlines()]
             return [row for row in rows if _look(row) and ALARM in row]
         except (ValueError, KeyError, TypeError) as error:
-            do = "Delete it: the monitor begins again."
-            raise DataError(str(self.path), expected="looks of the monitor", got=error, do=do) from error
+            logger.warning("vrpo_plugin: %s holds no looks of the monitor (%r): it begins again", self.path, error)
+            return []
 
 
 def _rewards(generation: GenerationReadout, state: RewardState) -> dict[str, float]:
