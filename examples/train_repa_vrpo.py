@@ -33,6 +33,7 @@ from train_parts import (
 )
 
 from vrpo_plugin import NonFiniteGuard, VRPOConfig, VRPOError
+from vrpo_plugin.standalone.held_out import watch_rewards
 from vrpo_plugin.standalone.run_folder import MetricBuffer, RunFolder, SkippedSteps
 from vrpo_plugin.standalone.sources import Source, open_source
 from vrpo_plugin.standalone.training import (
@@ -83,6 +84,7 @@ class Trainer:
         self.painter = Painter(options, config, self.source, decode, device) if decode else None
         if self.painter is not None and accelerator.is_main_process:
             self.painter.load_network()
+        self.watch = watch_rewards(self.folder.path, self.model, self.encode, self.source, decode, config.path_type)
         self.metrics = MetricBuffer(accelerator)
         self.skipped = SkippedSteps(options.max_skipped_steps)
         self.step = 0
@@ -190,6 +192,8 @@ class Trainer:
         self._flush()
         if self.accelerator.is_main_process and self.painter is not None:
             self.painter.grid(self.ema, self.folder.path / "samples" / f"{self.step:07d}.png")
+            if self.watch is not None:
+                self.accelerator.log(self.watch.look(self.ema, self.step), step=self.step)
             self.folder.draw_curves()
         self.accelerator.wait_for_everyone()
 

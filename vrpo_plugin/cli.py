@@ -1,14 +1,22 @@
 """The ``vrpo`` command."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from vrpo_plugin._version import __version__
-from vrpo_plugin.commands import evaluate, hosts, train_critic
+from vrpo_plugin.commands import compare, evaluate, hosts, plot, train_critic
 from vrpo_plugin.errors import VRPOError
 
-COMMANDS = {"train-critic": train_critic, "eval": evaluate, "check": hosts}  # the order of --help
+# In the order of --help.
+COMMANDS = {
+    "train-critic": train_critic,
+    "eval": evaluate,
+    "plot": plot,
+    "compare": compare,
+    "check": hosts,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -26,8 +34,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.pop("command")
     try:
         status = arguments.pop("run")(**arguments)
+        sys.stdout.flush()
     except VRPOError as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except BrokenPipeError:  # of "vrpo ... | head", which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     if status:
         sys.exit(status)
 

@@ -31,7 +31,7 @@ def straight(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return harness.run(tmp_path_factory.mktemp("straight"), "run", encoder=encoder)
 
 
-def test_run_writes_metrics_curves_grid_and_checkpoints(encoder: Path, tmp_path: Path) -> None:
+def test_run_writes_metrics_curves_grid_and_checkpoints(encoder: Path, straight: Path, tmp_path: Path) -> None:
     folder = harness.run(
         tmp_path, "run", "--sampling-steps", "6", "--eval-samples", "64", "--solver-steps", "4", encoder=encoder
     )
@@ -51,6 +51,9 @@ def test_run_writes_metrics_curves_grid_and_checkpoints(encoder: Path, tmp_path:
     assert sorted(p.name for p in (folder / "samples").iterdir()) == ["0000006.png", "0000012.png"]
     for name in ("curves.png", "config.json", "evaluation.json"):
         assert (folder / name).stat().st_size > 0
+    looks = [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()]
+    assert [(look["step"], look["held_out/alarm"]) for look in looks] == [(6, 0), (12, 0)]
+    assert harness.metrics(folder) == harness.metrics(straight)  # grids and looks have changed no step
 
 
 @pytest.mark.parametrize("checkpointing_steps", [4, 12])

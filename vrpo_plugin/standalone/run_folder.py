@@ -124,31 +124,11 @@ class RunFolder:
         return path
 
     def draw_curves(self) -> None:
-        """Plots metrics.jsonl."""
-        import matplotlib
+        """Draws metrics.jsonl into curves.png."""
+        from vrpo_plugin.standalone.plots import draw
+        from vrpo_plugin.standalone.runs import read_runs
 
-        matplotlib.use("agg")
-        import matplotlib.pyplot as plt
-
-        rows = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        panels = {
-            "losses": [k for k in rows[0] if k.endswith("loss")],
-            "rewards": [k for k in rows[0] if k.startswith("vrpo/reward/")],
-            "weights": [k for k in rows[0] if k.startswith("vrpo/weight/")],
-            "agreement": [k for k in rows[0] if k.endswith("_cos")],
-            "gradient norms": [k for k in rows[0] if k.startswith("grad_norm")],
-        }
-        panels = {title: keys for title, keys in panels.items() if keys}
-        figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
-        for axis, (title, keys) in zip(axes[0], panels.items(), strict=True):
-            for key in keys:
-                values = [math.nan if row.get(key) is None else row[key] for row in rows]
-                axis.plot([row["step"] for row in rows], values, label=key.removeprefix("vrpo/"), linewidth=0.9)
-            axis.set(title=title, xlabel="step")
-            axis.legend(fontsize=7)
-        figure.tight_layout()
-        write_file(self.path / "curves.png", lambda file: figure.savefig(file, dpi=110, format="png"))
-        plt.close(figure)
+        write_file(self.path / "curves.png", draw(read_runs([self.path])))
 
 
 def _has_protocol(path: Path, protocol: EvalProtocol) -> bool:
