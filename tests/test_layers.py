@@ -37,7 +37,7 @@ MAY_INSIDE_FUNCTIONS: dict[str, set[str]] = {
     "settings": {"yaml"},
     "perceptual": {"timm", "lpips", "torchvision", "safetensors", "huggingface_hub"},
     "encoders": {"timm", "lpips", "torchvision", "safetensors", "huggingface_hub"},
-    "standalone": {"accelerate", "scipy", "torchvision", "sklearn", "PIL", "matplotlib"},
+    "standalone": {"accelerate", "scipy", "torchvision", "sklearn", "PIL", "matplotlib", "diffusers"},
     "hosts": {"safetensors", "yaml"},
     "commands": {"standalone", "hosts"},
     "vrpo_plugin": {"functional", "hosts", "modules"},
