@@ -163,6 +163,7 @@ REFUSED = {
     "steps": (("--steps", "0"), "steps: expected >= 1"),
     "batch": (("--batch-size", "0"), "batch-size: expected >= 1"),
     "guide": (("--guide", "absent.safetensors"), "guide: expected a file, got none at absent.safetensors"),
+    "no guide": (("--guide-strength", "2"), "guide: expected a file with --guide-strength or --guide-interval"),
     "step": (("--step", "5"), "expected a checkpoint of step 5"),
 }
 

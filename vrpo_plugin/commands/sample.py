@@ -114,9 +114,12 @@ def _add_how(group: "argparse._ArgumentGroup") -> None:
         help="guide.safetensors: the critic guides the sampling, at one model call a step",
     )
     group.add_argument(
-        "--guide-strength", type=float, default=1.0, metavar="S", help="of the guide; 0 is none (default: 1)"
+        "--guide-strength",
+        type=float,
+        metavar="S",
+        help="of the guide; 0 is none. By default the guide's own",
     )
-    _add_interval(group, "--guide-interval", "times at which the guide acts")
+    _add_interval(group, "--guide-interval", "times at which the guide acts", default=None)
     group.add_argument(
         "--batch-size",
         type=int,
@@ -131,9 +134,12 @@ def _add_how(group: "argparse._ArgumentGroup") -> None:
     )
 
 
-def _add_interval(group: "argparse._ArgumentGroup", name: str, text: str) -> None:
-    help = f"{text}, from 0 (data) to 1 (noise) (default: 0 1, always)"
-    group.add_argument(name, type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"), help=help)
+def _add_interval(
+    group: "argparse._ArgumentGroup", name: str, text: str, default: tuple[float, float] | None = (0.0, 1.0)
+) -> None:
+    end = "By default 0 1, always" if default else "By default the guide's own"
+    help = f"{text}, from 0 (data) to 1 (noise). {end}"
+    group.add_argument(name, type=float, nargs=2, default=default, metavar=("LOW", "HIGH"), help=help)
 
 
 def _sample(source: Path, config: Path | None, step: int | None, ema: bool, **options: Any) -> None:

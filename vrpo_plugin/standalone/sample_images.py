@@ -1,5 +1,6 @@
 """``vrpo sample``: images of a trained model, on all processes, the same ones on any number of them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +15,7 @@ from vrpo_plugin.standalone.drawing import batches_of, draw, image_generators, k
 from vrpo_plugin.standalone.progress import progress
 from vrpo_plugin.standalone.sample_folder import FORMATS, SampleFolder
 from vrpo_plugin.standalone.sampler import SOLVERS, Solver
+from vrpo_plugin.standalone.sit import SiT
 from vrpo_plugin.standalone.trained import Trained
 
 if TYPE_CHECKING:
@@ -38,7 +40,8 @@ class SampleSettings:
         batch_size: images per process and call of the model; moves an image by rounding alone.
         mixed_precision: ``no``, ``fp16`` or ``bf16``; None is what ``accelerate launch`` says, else ``no``.
         vae: diffusers folder or name, for models of latents.
-        guide: file of a :class:`RewardGuide`, with its strength and interval.
+        guide: file of a RewardGuide.
+        guide_strength, guide_interval: of the guide; None is its own default.
 
     Raises:
         ConfigError: a value is out of range.
@@ -57,11 +60,11 @@ class SampleSettings:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     vae: str | None = None
     guide: Path | None = None
-    guide_strength: float = 1.0
-    guide_interval: tuple[float, float] = (0.0, 1.0)
+    guide_strength: float | None = None
+    guide_interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        within = "0 <= LOW <= HIGH <= 1"
+        within, unguided = "0 <= LOW <= HIGH <= 1", self.guide_strength is self.guide_interval is None
         checks = {
             "num": (1 <= self.num <= 1_000_000, "1 to 1000000"),
             "format": (bool(self.formats) and {*self.formats} <= {*FORMATS}, f"of {', '.join(FORMATS)}"),
@@ -70,8 +73,9 @@ class SampleSettings:
             "cfg": (1 <= self.guidance_scale < float("inf"), ">= 1, which is no guidance"),
             "cfg_interval": (_is_interval(self.guidance_interval), within),
             "batch_size": (self.batch_size >= 1, ">= 1"),
-            "guide_strength": (0 <= self.guide_strength < float("inf"), ">= 0"),
-            "guide_interval": (_is_interval(self.guide_interval), within),
+            "guide_strength": (0 <= (self.guide_strength or 0) < float("inf"), ">= 0"),
+            "guide_interval": (self.guide_interval is None or _is_interval(self.guide_interval), within),
+            "guide": (self.guide is not None or unguided, "a file with --guide-strength or --guide-interval"),
         }
         fields = {"format": "formats", "steps": "num_steps"}
         fields |= {"cfg": "guidance_scale", "cfg_interval": "guidance_interval"}
@@ -106,12 +110,14 @@ def sample_images(trained: Trained, settings: SampleSettings) -> list[Path]:
         raise ConfigError("mixed-precision", expected=expected, got=error, do=do) from error
     labels = choose_labels(settings.labels, settings.num, trained.model.num_classes, settings.seed)
     _check_model(trained, settings)
-    record = protocol(trained, settings, str(accelerator.mixed_precision))
+    guide = _load_guide(settings, trained.model.to(accelerator.device))
+    precision = str(accelerator.mixed_precision)
+    record = protocol(trained, settings, precision, _describe_guide(settings, guide))
     folder = SampleFolder(settings.output, record, settings.formats)
     missing = folder.missing()
     todo = [b for b in batches_of(settings.num, settings.batch_size) if not missing.isdisjoint(b)]
-    # Before anything is written: a VAE or a guide that is not there is refused.
-    draw_batch = _drawer(trained, settings, labels, accelerator) if todo else None
+    # Before anything is written: a VAE that is not there is refused.
+    draw_batch = _drawer(trained, settings, labels, guide, accelerator) if todo else None
     accelerator.wait_for_everyone()  # every process has looked before the first one writes
     if accelerator.is_main_process:
         folder.start(missing)
@@ -161,9 +167,10 @@ def choose_labels(kind: str, num: int, num_classes: int, seed: int) -> Tensor | 
     return torch.tensor(given)[torch.arange(num) % len(given)]
 
 
-def protocol(trained: Trained, settings: SampleSettings, mixed_precision: str) -> dict[str, Any]:
+def protocol(
+    trained: Trained, settings: SampleSettings, mixed_precision: str, guide: dict[str, Any] | None
+) -> dict[str, Any]:
     """What samples.json holds: everything that makes an image what it is."""
-    guide = settings.guide
     return {
         "format": FORMAT,
         "model": trained.name,
@@ -174,13 +181,7 @@ def protocol(trained: Trained, settings: SampleSettings, mixed_precision: str) -
         "num_steps": settings.num_steps,
         "guidance_scale": float(settings.guidance_scale),
         "guidance_interval": [float(t) for t in settings.guidance_interval],
-        "guide": None
-        if guide is None
-        else {
-            "sha256": _sha256_of(guide),
-            "strength": float(settings.guide_strength),
-            "interval": [float(t) for t in settings.guide_interval],
-        },
+        "guide": guide,
         "labels": settings.labels.replace(" ", "") if trained.model.num_classes else "none",
         "seed": settings.seed,
         "num_samples": settings.num,
@@ -200,13 +201,12 @@ def _check_model(trained: Trained, settings: SampleSettings) -> None:
         raise ConfigError("vae", expected="the VAE of a model of latents", got=None, do=do)
 
 
-def _drawer(trained: Trained, settings: SampleSettings, labels: Tensor | None, accelerator: "Accelerator") -> Any:
-    device = accelerator.device
-    model = trained.model.to(device)
+def _drawer(
+    trained: Trained, settings: SampleSettings, labels: Tensor | None, guide: Any, accelerator: "Accelerator"
+) -> Callable[[range], Tensor]:
+    device, model = accelerator.device, trained.model
     decode = load_decoder(settings.vae, device) if trained.latent and settings.vae else keep_pixels
-    guided: dict[str, Any] = {}
-    if settings.guide is not None:
-        guided["guide"] = _load_guide(settings, model)
+    guided = {} if guide is None else {"guide": guide}
 
     def draw_batch(numbers: range) -> Tensor:
         generators = image_generators(settings.seed, numbers)
@@ -231,20 +231,27 @@ def _drawer(trained: Trained, settings: SampleSettings, labels: Tensor | None, a
     return draw_batch
 
 
-def _load_guide(settings: SampleSettings, model: Any) -> Any:
+def _load_guide(settings: SampleSettings, model: SiT) -> Any:
+    """A RewardGuide with its own defaults where nothing is said, or None."""
+    if settings.guide is None:
+        return None
+    if not settings.guide.is_file():
+        do = "Check the path; it is written beside the EMA weights, or by vrpo export --guide."
+        raise ConfigError("guide", expected="a file", got=f"none at {settings.guide}", do=do)
     try:
         from vrpo_plugin.modules.guide import RewardGuide  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
         do = "Leave --guide out, or install a later version."
         raise ConfigError("guide", expected="a version of vrpo_plugin with RewardGuide", got=error, do=do) from error
-    return RewardGuide.load(settings.guide, model, strength=settings.guide_strength, interval=settings.guide_interval)
+    said = {"strength": settings.guide_strength, "interval": settings.guide_interval}
+    return RewardGuide.load(settings.guide, model, **{k: v for k, v in said.items() if v is not None})
 
 
-def _sha256_of(guide: Path) -> str:
-    if not guide.is_file():
-        do = "Check the path; it is written beside the EMA weights, or by vrpo export --guide."
-        raise ConfigError("guide", expected="a file", got=f"none at {guide}", do=do)
-    return file_sha256(guide)
+def _describe_guide(settings: SampleSettings, guide: Any) -> dict[str, Any] | None:
+    if settings.guide is None:
+        return None
+    interval = [float(t) for t in guide.interval]
+    return {"sha256": file_sha256(settings.guide), "strength": float(guide.strength), "interval": interval}
 
 
 def _is_interval(interval: tuple[float, float]) -> bool:
