@@ -70,7 +70,7 @@ def export_checkpoint(source: Path, out: Path, *, overwrite: bool = False) -> in
             checkpoint itself, has another ending, or cannot be written.
     """
     _check_out(source, out, overwrite=overwrite)
-    checkpoint = _read(source)
+    checkpoint = read_checkpoint(source)
     plain, removed = without_aligner(checkpoint, str(source))
     if out.suffix == ".pt":
         _write(out, lambda file: torch.save(plain, file))
@@ -174,7 +174,12 @@ def read_weights(source: Path, *, ema: bool = True) -> tuple[dict[str, Tensor], 
     return _without_keys(checkpoint["ema" if ema else "model"]), named, step if isinstance(step, int) else None
 
 
-def _read(source: Path) -> dict[str, Any]:
+def read_checkpoint(source: Path) -> dict[str, Any]:
+    """A host's checkpoint, read without running code from it.
+
+    Raises:
+        CheckpointError: it is missing, damaged, no such checkpoint, or would run code.
+    """
     return _check_parts(_unpickle(source), source)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes.gloo import in_new_process, on_two_processes
+from fakes.gloo import on_two_processes
 from fakes.runs import tiny_sit
 from torch import Tensor, nn
 from train_options import TrainOptions
@@ -25,7 +25,6 @@ class Pixels:
 
 
 def draw(folder: Path) -> dict[str, Tensor]:
-    torch.set_num_threads(1)
     options = TrainOptions(
         eval_samples=280, eval_network="pixels", solver="euler_maruyama", solver_steps=2, cfg_scale=1.5
     )
@@ -41,12 +40,14 @@ def draw(folder: Path) -> dict[str, Tensor]:
 
 
 def draw_in_turn(rank: int, world_size: int) -> dict[str, Tensor]:
+    torch.set_num_threads(1)
     return draw(Path.cwd())
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     first, second = on_two_processes(draw_in_turn, tmp_path)
-    alone = in_new_process(draw, tmp_path)
+    alone = draw(tmp_path)
     assert second == {} and alone["numbers"].isfinite().all()
     assert torch.equal(first["picture"], alone["picture"]) and torch.equal(first["numbers"], alone["numbers"])
