@@ -150,6 +150,7 @@ def test_other_settings_and_other_files_are_refused(run: Path, tmp_path: Path) -
     assert "expected a new or empty folder" in refused(run, tmp_path / "mine")
     (tmp_path / "picture.png").write_bytes(b"mine")
     assert "got picture.png there" in refused(run, tmp_path / "picture")
+    assert "expected a folder that can be made" in refused(run, tmp_path / "picture.png" / "s")
     (tmp_path / "s" / "samples.json").write_text("{")
     assert "samples.json: expected the JSON that vrpo sample wrote" in refused(run, tmp_path / "s")
 

@@ -82,8 +82,16 @@ class SampleFolder:
         return {number for number in range(self.count) if _name(number) not in there}
 
     def start(self, missing: Collection[int]) -> None:
-        """Makes the folder and says what will be in it. One process only."""
-        self.images.mkdir(parents=True, exist_ok=True)
+        """Makes the folder and says what will be in it. One process only.
+
+        Raises:
+            ConfigError: the folder cannot be made.
+        """
+        try:
+            self.images.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            do = "Choose another folder for -o."
+            raise ConfigError(str(self.path), expected="a folder that can be made", got=error, do=do) from error
         for partial in self.images.glob("*.png.*.partial"):  # of a process that was killed while it wrote
             partial.unlink()
         if missing or not self._complete:
