@@ -100,14 +100,7 @@ def sample_images(trained: Trained, settings: SampleSettings) -> list[Path]:
             nothing is written then.
         DataError: an image or samples.json in the folder cannot be read.
     """
-    from accelerate import Accelerator
-
-    try:
-        accelerator = Accelerator(mixed_precision=settings.mixed_precision)
-    except ValueError as error:  # fp16 on a CPU, bf16 on a GPU that has none
-        do = "Take --mixed-precision no."
-        expected = "one that this machine has"
-        raise ConfigError("mixed-precision", expected=expected, got=error, do=do) from error
+    accelerator = _accelerator(settings)
     labels = choose_labels(settings.labels, settings.num, trained.model.num_classes, settings.seed)
     _check_model(trained, settings)
     guide = _load_guide(settings, trained.model.to(accelerator.device))
@@ -123,19 +116,7 @@ def sample_images(trained: Trained, settings: SampleSettings) -> list[Path]:
         folder.start(missing)
     accelerator.wait_for_everyone()
     if draw_batch is not None:
-        with progress(
-            settings.num,
-            "sampling",
-            unit="image",
-            initial=settings.num - sum(map(len, todo)),
-            enabled=accelerator.is_main_process,
-        ) as bar:
-            for first in range(0, len(todo), accelerator.num_processes):
-                turn = todo[first : first + accelerator.num_processes]
-                if accelerator.process_index < len(turn):
-                    numbers = turn[accelerator.process_index]
-                    folder.write(numbers, draw_batch(numbers))
-                bar.update(sum(map(len, turn)))  # the other processes are about as far
+        _make(todo, draw_batch, folder, accelerator)
     accelerator.wait_for_everyone()
     written = folder.finish(labels) if accelerator.is_main_process else []
     accelerator.end_training()
@@ -199,6 +180,31 @@ def _check_model(trained: Trained, settings: SampleSettings) -> None:
     if trained.latent and settings.vae is None:
         do = "Pass --vae with a diffusers folder, or the name stabilityai/sd-vae-ft-mse where it can be downloaded."
         raise ConfigError("vae", expected="the VAE of a model of latents", got=None, do=do)
+
+
+def _accelerator(settings: SampleSettings) -> "Accelerator":
+    from accelerate import Accelerator
+
+    try:
+        return Accelerator(mixed_precision=settings.mixed_precision)
+    except ValueError as error:  # fp16 on a CPU, bf16 on a GPU that has none
+        expected, do = "one that this machine has", "Take --mixed-precision no."
+        raise ConfigError("mixed-precision", expected=expected, got=error, do=do) from error
+
+
+def _make(
+    todo: list[range], draw_batch: Callable[[range], Tensor], folder: SampleFolder, accelerator: "Accelerator"
+) -> None:
+    """Each process makes its share of the batches and writes it."""
+    done, processes = folder.count - sum(map(len, todo)), accelerator.num_processes
+    shown = accelerator.is_main_process
+    with progress(folder.count, "sampling", unit="image", initial=done, enabled=shown) as bar:
+        for first in range(0, len(todo), processes):
+            turn = todo[first : first + processes]
+            if accelerator.process_index < len(turn):
+                numbers = turn[accelerator.process_index]
+                folder.write(numbers, draw_batch(numbers))
+            bar.update(sum(map(len, turn)))  # the other processes are about as far
 
 
 def _drawer(
