@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from train_options import EVAL_SEED, TrainOptions
@@ -18,15 +17,23 @@ from vrpo_plugin.encoders import Targets
 from vrpo_plugin.files import write_file
 from vrpo_plugin.functional.interpolant import PathType, noisy_sample
 from vrpo_plugin.functional.tensors import finite_samples
-from vrpo_plugin.standalone.data import LATENTS_SCALE, PositionBatchSampler, TrainingSamples
+from vrpo_plugin.standalone.data import PositionBatchSampler, TrainingSamples
+from vrpo_plugin.standalone.drawing import (
+    draw,
+    draw_together,
+    grid_picture,
+    image_generators,
+    keep_pixels,
+    load_decoder,
+)
 from vrpo_plugin.standalone.evaluate import EvalProtocol, EvalResult, evaluate
 from vrpo_plugin.standalone.run_folder import ENCODER_PREFIX
-from vrpo_plugin.standalone.sampler import sample
 from vrpo_plugin.standalone.sit import SiT, create_sit
 from vrpo_plugin.standalone.sources import Source, all_images
 from vrpo_plugin.standalone.targets import SMALL, load_targets
 from vrpo_plugin.standalone.training import aligner_of, parameter_groups
 
+GRID_BATCH = 13  # images: a grid is eight batches, for the eight GPUs of a machine
 JUDGE_SEED = 1  # fixed, and not the small encoder's: runs of all seeds and methods share one independent judge
 
 
@@ -227,7 +234,7 @@ def build_decoder(options: TrainOptions, source: Source, device: torch.device) -
         ConfigError: grids or an evaluation of latents are asked for without a VAE.
     """
     if source.latent_shape == source.image_shape:
-        return lambda latents: latents
+        return keep_pixels
     if options.vae is None:
         if options.sampling_steps or options.eval_samples:
             raise ConfigError(
@@ -237,14 +244,7 @@ def build_decoder(options: TrainOptions, source: Source, device: torch.device) -
                 do="Pass --vae (stabilityai/sd-vae-ft-mse or a folder), or --sampling-steps 0 --eval-samples 0.",
             )
         return None
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise ConfigError(
-            "vae", expected="diffusers installed", got=error, do="pip install 'vrpo-plugin[repa]'."
-        ) from error
-    vae = AutoencoderKL.from_pretrained(options.vae).to(device).eval().requires_grad_(False)
-    return lambda latents: vae.decode(latents / LATENTS_SCALE).sample
+    return load_decoder(options.vae, device)
 
 
 class Painter:
@@ -272,47 +272,51 @@ class Painter:
                 options.eval_network, resolution=resolution, checkpoint=options.eval_checkpoint
             )
 
-    def images(self, model: SiT, count: int, seed: int, batch_size: int = 256) -> Tensor:
-        """uint8 images (count, C, H, W) of evenly spread labels, the same noise on every call."""
+    def images(
+        self, model: SiT, count: int, seed: int, batch_size: int = 256, description: str = "sampling"
+    ) -> Tensor | None:
+        """uint8 images (count, C, H, W) of evenly spread labels, the same noise on every call.
+
+        All processes take part; the first one gets the images, the others None.
+        """
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn((count, *self.source.latent_shape), generator=generator)
-        labels = torch.arange(count) % max(self.source.num_classes, 1)
-        for_sde = torch.Generator(self.device).manual_seed(seed)
-        batches = zip(noise.split(batch_size), labels.split(batch_size), strict=True)
-        return torch.cat([self._batch(model, n, y, for_sde) for n, y in batches])
-
-    def _batch(self, model: SiT, noise: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        labels = torch.arange(count) % self.source.num_classes if self.source.num_classes else None
         options = self.options
-        latents = sample(
-            model,
-            noise.to(self.device),
-            y.to(self.device) if self.source.num_classes else None,
-            num_steps=options.solver_steps,
-            solver=options.solver,
-            path_type=self.config.path_type,
-            guidance_scale=options.cfg_scale,
-            guidance_interval=(options.guidance_low, options.guidance_high),
-            generator=generator,
-        )
-        with torch.no_grad():
-            pixels = self.decode(latents)
-        return pixels.add(1).mul(127.5).round().clamp(0, 255).byte().cpu()
+
+        def draw_batch(numbers: range) -> Tensor:
+            return draw(
+                model,
+                noise[numbers.start : numbers.stop],
+                None if labels is None else labels[numbers.start : numbers.stop],
+                decode=self.decode,
+                device=self.device,
+                generators=image_generators(seed, numbers),
+                num_steps=options.solver_steps,
+                solver=options.solver,
+                path_type=self.config.path_type,
+                guidance_scale=options.cfg_scale,
+                guidance_interval=(options.guidance_low, options.guidance_high),
+            )
+
+        return draw_together(draw_batch, count, batch_size, description=description)
 
     def grid(self, model: SiT, path: Path) -> None:
-        """A 10 x 10 picture; with ten classes, a column is a class."""
-        from PIL import Image
+        """A 10 x 10 picture, drawn by all processes; with ten classes, a column is a class."""
+        images = self.images(model, 100, seed=0, batch_size=GRID_BATCH, description="grid")
+        if images is not None:
+            picture = grid_picture(images)
+            write_file(path, lambda file: picture.save(file, format="png"))
 
-        gap = max(1, self.source.image_shape[-1] // 16)
-        framed = torch.nn.functional.pad(self.images(model, 100, seed=0), (0, gap, 0, gap), value=96)
-        tiles = rearrange(framed, "(r c) k h w -> (r h) (c w) k", r=10)
-        picture = Image.fromarray(tiles.squeeze(-1).numpy() if tiles.shape[-1] == 1 else tiles.numpy())
-        scale = max(1, 640 // picture.width)
-        picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-        write_file(path, lambda file: picture.save(file, format="png"))
+    def evaluate(self, model: SiT) -> EvalResult | None:
+        """Frechet distance, precision and recall against the training images, in a network of their own.
 
-    def evaluate(self, model: SiT) -> EvalResult:
-        """Frechet distance, precision and recall against the training images, in a network of their own."""
+        All processes draw the samples; the first one measures, the others get None.
+        """
         options = self.options
+        images = self.images(model, options.eval_samples, EVAL_SEED, description="evaluation")
+        if images is None:
+            return None
         real, labels = all_images(self.source, 50_000)
         if options.eval_network == SMALL:
             from vrpo_plugin.standalone.small_training import train_small_features
@@ -327,4 +331,4 @@ class Painter:
             network = self._network
             network.encoder.to(self.device)
         protocol = options.protocol(network.name, len(real), f"training images {self.source.fingerprint()}")
-        return evaluate(network, real, self.images(model, protocol.num_samples, EVAL_SEED), protocol)
+        return evaluate(network, real, images, protocol)

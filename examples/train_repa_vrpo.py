@@ -145,7 +145,7 @@ class Trainer:
             if self.step % options.checkpointing_steps == 0 or last:
                 self.save()
         self.bar.close()
-        if options.eval_samples and self.accelerator.is_main_process:
+        if options.eval_samples:
             self._evaluate()
         self.accelerator.wait_for_everyone()
 
@@ -190,16 +190,19 @@ class Trainer:
 
     def _draw(self) -> None:
         self._flush()
-        if self.accelerator.is_main_process and self.painter is not None:
+        if self.painter is not None:
             self.painter.grid(self.ema, self.folder.path / "samples" / f"{self.step:07d}.png")
-            if self.watch is not None:
-                self.accelerator.log(self.watch.look(self.ema, self.step), step=self.step)
-            self.folder.draw_curves()
+            if self.accelerator.is_main_process:
+                if self.watch is not None:
+                    self.accelerator.log(self.watch.look(self.ema, self.step), step=self.step)
+                self.folder.draw_curves()
         self.accelerator.wait_for_everyone()
 
     def _evaluate(self) -> None:
         assert self.painter is not None  # build_decoder has refused otherwise
         result = self.painter.evaluate(self.ema)
+        if result is None:
+            return
         self.folder.write_evaluation(result)
         print(
             f"{self.options.method}: Frechet distance {result.frechet_distance:.3f}, "

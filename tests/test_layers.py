@@ -46,6 +46,7 @@ MAY_INSIDE_FUNCTIONS: dict[str, set[str]] = {
         "matplotlib",
         "torch_fidelity",
         "tensorboard",
+        "diffusers",
     },
     "hosts": {"safetensors", "yaml"},
     "commands": {"standalone", "hosts"},

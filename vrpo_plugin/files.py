@@ -13,19 +13,22 @@ from vrpo_plugin.errors import PatchConflictError, VRPOError
 Content = bytes | str | Callable[[IO[bytes]], object]
 
 
-def write_file(path: str | os.PathLike[str], content: Content) -> None:
+def write_file(path: str | os.PathLike[str], content: Content, *, durable: bool = True) -> None:
     """Writes a file so that a reader, a kill or a full disk meets the old one or the new one, never a part.
 
     Args:
         path: the file; its folder exists. A new one, or one that is replaced, has the umask's mode.
         content: bytes, text (UTF-8), or a function that writes into an open binary file.
+        durable: wait until the disk has it. Without, a power failure may leave an empty file; a kill may not. For
+            many small files that can be made again.
 
     Raises:
         OSError: the disk's refusal; the old file is as it was, and no temporary file is left.
     """
     path = Path(path)
-    _take_place(path, content)
-    sync(path.parent)
+    _take_place(path, content, durable=durable)
+    if durable:
+        sync(path.parent)
 
 
 def replace_bytes(path: Path, old: bytes, new: bytes) -> None:
@@ -84,7 +87,12 @@ def sync(path: Path) -> None:
 
 
 def _take_place(
-    target: Path, content: Content, *, mode: int = 0o666, before_rename: Callable[[Path], None] = lambda _: None
+    target: Path,
+    content: Content,
+    *,
+    mode: int = 0o666,
+    durable: bool = True,
+    before_rename: Callable[[Path], None] = lambda _: None,
 ) -> None:
     # In the same folder, hence the same file system: os.replace is atomic there alone.
     partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
@@ -94,8 +102,9 @@ def _take_place(
                 content(file)
             else:
                 file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         before_rename(partial)
         os.replace(partial, target)
     finally:

@@ -458,7 +458,7 @@ def test_foreign_content_behind_a_right_checksum_is_refused(tmp_path):
     (path / "model.safetensors").write_bytes(b"not safetensors")
     manifest["files"]["model.safetensors"] = {
         "size": 15,
-        "sha256": checkpoint._sha256(path / "model.safetensors"),
+        "sha256": checkpoint.file_sha256(path / "model.safetensors"),
     }
     manifest["sha256"] = checkpoint._manifest_sha256(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))

@@ -20,6 +20,7 @@ _ALIGNER_KEY = re.compile(r"(?:module\.|_orig_mod\.)*vrpo\.(?P<name>.*)")
 # What of the aligner's state is no parameter, and hence not in an optimizer: its step, and RewardStatistics.
 _BUFFERS = re.compile(r"step$|generation\.(statistics|watch)\.")
 _WEIGHTS = ("model", "ema")
+_GIVE = "Give a .pt file that the host's training script saved, whole and from a source that you trust."
 
 
 def with_fresh_state(
@@ -69,7 +70,7 @@ def export_checkpoint(source: Path, out: Path, *, overwrite: bool = False) -> in
             checkpoint itself, has another ending, or cannot be written.
     """
     _check_out(source, out, overwrite=overwrite)
-    checkpoint = _read(source)
+    checkpoint = read_checkpoint(source)
     plain, removed = without_aligner(checkpoint, str(source))
     if out.suffix == ".pt":
         _write(out, lambda file: torch.save(plain, file))
@@ -144,23 +145,63 @@ def _without_last(optimizer: Any, shapes: Sequence[torch.Size], name: str) -> di
     return {**optimizer, "state": state, "param_groups": [*groups, {**last, "params": kept}]}
 
 
-def _read(source: Path) -> dict[str, Any]:
-    do = "Give a .pt file that the host's training script saved, whole and from a source that you trust."
+def read_weights(source: Path, *, ema: bool = True) -> tuple[dict[str, Tensor], dict[str, Any], int | None]:
+    """Weights of a host's checkpoint without the aligner, read without running code from it.
+
+    Args:
+        source: the host's file: a mapping with ``model``, ``ema`` and mostly ``args``, or the weights alone, as hosts
+            publish them.
+        ema: the averaged weights, else those of the last step.
+
+    Returns:
+        The weights; the arguments of the host's script, empty where the file has none; the step, None likewise.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, no such checkpoint, or would run code.
+    """
+    checkpoint = _unpickle(source)
+    if _is_weights(checkpoint):
+        if not ema:
+            do = "Leave --raw out: published weights are mostly averaged ones."
+            raise CheckpointError(str(source), expected="a checkpoint with 'model'", got="weights alone", do=do)
+        return _without_keys(checkpoint), {}, None
+    checkpoint = _check_parts(checkpoint, source)
+    arguments, step = checkpoint.get("args"), checkpoint.get("steps")
+    if step is None and source.stem.isdigit():
+        step = int(source.stem)  # as SiT names its files
+    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
+    named = dict(arguments) if isinstance(arguments, Mapping) else {}
+    return _without_keys(checkpoint["ema" if ema else "model"]), named, step if isinstance(step, int) else None
+
+
+def read_checkpoint(source: Path) -> dict[str, Any]:
+    """A host's checkpoint, read without running code from it.
+
+    Raises:
+        CheckpointError: it is missing, damaged, no such checkpoint, or would run code.
+    """
+    return _check_parts(_unpickle(source), source)
+
+
+def _unpickle(source: Path) -> Any:
     # Hosts save their arguments as they are. The block's end would also take away what was allowed before it.
     allowed = {argparse.Namespace} - {*torch.serialization.get_safe_globals()}
     try:
         with torch.serialization.safe_globals([*allowed]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a pickle's odd protocol: what comes of it says enough
-            checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+            return torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever a damaged file makes it stumble over
         foreign = re.search(r"\bGLOBAL ([\w.]+)", str(error))
         reason = f"{type(error).__name__}: {str(error).split('. ')[0].strip()}"
         got = f"a pickle that calls {foreign[1]}" if foreign else reason[:200]
-        raise CheckpointError(str(source), expected="a checkpoint", got=got, do=do) from error
+        raise CheckpointError(str(source), expected="a checkpoint", got=got, do=_GIVE) from error
+
+
+def _check_parts(checkpoint: Any, source: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not all(_is_weights(checkpoint.get(part)) for part in _WEIGHTS):
         keys = [str(key) for key in checkpoint] if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise CheckpointError(
-            str(source), expected="'model' and 'ema', two mappings of tensors", got=str(keys)[:200], do=do
+            str(source), expected="'model' and 'ema', two mappings of tensors", got=str(keys)[:200], do=_GIVE
         )
     return checkpoint
 

@@ -65,7 +65,7 @@ def save_checkpoint(
         copies = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in named.items()}
         save_file(copies, saving / (group + SUFFIX))
     (saving / STATE).write_text(json.dumps(dict(state)), encoding="utf-8")
-    files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(saving.iterdir())}
+    files = {p.name: {"size": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(saving.iterdir())}
     manifest = {"format": FORMAT, "step": step, "files": files}
     manifest["sha256"] = _manifest_sha256(manifest)
     (saving / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -105,10 +105,7 @@ def load_checkpoint(
     path = Path(path)
     _, files = _read_manifest(path)
     for name, (size, digest) in files.items():
-        if (found := _size(path / name)) != size:
-            raise _damaged(path / name, f"{size} bytes", "no file" if found is None else f"{found} bytes")
-        if (hashed := _sha256(path / name)) != digest:
-            raise _damaged(path / name, f"sha256 {digest}", hashed)
+        _verify(path / name, size, digest)
     try:
         tensors = {
             name.removesuffix(SUFFIX): load_file(path / name, device=str(device))
@@ -118,6 +115,30 @@ def load_checkpoint(
         return tensors, json.loads((path / STATE).read_text(encoding="utf-8"))
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(path, "readable files", error) from error
+
+
+def load_group(path: str | Path, group: str) -> tuple[dict[str, Tensor], int, str]:
+    """Reads one group of a checkpoint's tensors after its file's size and sha256 were found right.
+
+    Args:
+        path: the checkpoint's folder.
+        group: for instance ``ema`` or ``model``.
+
+    Returns:
+        Its tensors, the step of the checkpoint, and the file's sha256.
+
+    Raises:
+        CheckpointError: there is no such group, or its file is missing, truncated or changed.
+    """
+    path = Path(path)
+    step, files = _read_manifest(path)
+    if (name := group + SUFFIX) not in files:
+        raise _damaged(path, name, sorted(files))
+    _verify(path / name, *files[name])
+    try:
+        return load_file(path / name), step, files[name][1]
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path / name, "a readable file", error) from error
 
 
 def latest_checkpoint(root: str | Path) -> Path | None:
@@ -209,6 +230,13 @@ def _read_manifest(path: Path) -> tuple[int, dict[str, tuple[int, str]]]:
         raise _damaged(file, f"a manifest of format {FORMAT}", f"{type(error).__name__}: {error}") from error
 
 
+def _verify(file: Path, size: int, digest: str) -> None:
+    if (found := _size(file)) != size:
+        raise _damaged(file, f"{size} bytes", "no file" if found is None else f"{found} bytes")
+    if (hashed := file_sha256(file)) != digest:
+        raise _damaged(file, f"sha256 {digest}", hashed)
+
+
 def _manifest_sha256(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
@@ -217,7 +245,8 @@ def _size(file: Path) -> int | None:
     return file.stat().st_size if file.is_file() else None
 
 
-def _sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
+    """Of a file's bytes, as hex digits."""
     digest = hashlib.sha256()
     with open(file, "rb") as stream:
         while block := stream.read(1 << 20):

@@ -77,14 +77,14 @@ class TrainingSamples(Dataset[dict[str, Tensor]]):
         """Index in the source of the image at a position."""
         epoch, offset = divmod(position, len(self.source))
         if self._permutation is None or self._permutation[0] != epoch:
-            generator = _generator("epoch", self.seed, epoch)
+            generator = seeded_generator("epoch", self.seed, epoch)
             self._permutation = epoch, torch.randperm(len(self.source), generator=generator)
         return int(self._permutation[1][offset])
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         index = self.index(position)
         image, moments, label = self.source.load(index)
-        generator = _generator("sample", self.seed, position)
+        generator = seeded_generator("sample", self.seed, position)
         flip, drop, uniform = torch.rand(3, generator=generator)
         normal = torch.randn((), generator=generator)
         noise = torch.randn(self.source.latent_shape, generator=generator)
@@ -145,6 +145,7 @@ class PositionBatchSampler(Sampler[list[int]]):
             yield list(range(first, first + self._share))
 
 
-def _generator(purpose: str, seed: int, number: int) -> torch.Generator:
+def seeded_generator(purpose: str, seed: int, number: int) -> torch.Generator:
+    """A generator on the CPU that depends on the three alone."""
     digest = hashlib.blake2b(f"{purpose}/{int(seed)}/{int(number)}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))

@@ -1,7 +1,7 @@
 """Samplers from noise (t = 1) to data (t = 0): Euler and Heun for the ODE, Euler-Maruyama for the SDE."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -38,7 +38,7 @@ def sample(
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     null_label: int | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
     """Draws samples by following the model's velocity from noise to data.
 
@@ -56,7 +56,8 @@ def sample(
         guidance_scale: classifier-free guidance, at least 1; 1 is none.
         guidance_interval: lowest and highest t, both included, at which a guided step may start.
         null_label: the label that stands for no class; ``model.null_label`` if None.
-        generator: source of the SDE's noise; needed by ``euler_maruyama`` only.
+        generator: source of the SDE's noise, or one per sample, so that a sample does not depend on its batch; needed
+            by ``euler_maruyama`` only.
 
     Returns:
         Samples (B, C, H, W), of the dtype of ``noise``.
@@ -140,7 +141,11 @@ def _solve_ode(field: _Field, x: Tensor, num_steps: int, *, heun: bool) -> Tenso
 
 
 def _solve_sde(
-    field: _Field, x: Tensor, num_steps: int, path_type: PathType, generator: torch.Generator | None
+    field: _Field,
+    x: Tensor,
+    num_steps: int,
+    path_type: PathType,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
 ) -> Tensor:
     if generator is None:
         raise ConfigError("generator", expected="a torch.Generator", got=None, do="Pass a seeded one for the SDE.")
@@ -152,9 +157,14 @@ def _solve_sde(
         drift = velocity - diffusion / 2 * _score(x, velocity, t, path_type)
         x = x + drift * (t_next - t)
         if t_next > 0:
-            shock = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=generator.device)
-            x = x + (diffusion * (t - t_next)) ** 0.5 * shock.to(x.device)
+            x = x + (diffusion * (t - t_next)) ** 0.5 * _normal_like(x, generator)
     return x
+
+
+def _normal_like(x: Tensor, generator: torch.Generator | Sequence[torch.Generator]) -> Tensor:
+    if isinstance(generator, torch.Generator):
+        return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=generator.device).to(x.device)
+    return torch.cat([_normal_like(one, own) for one, own in zip(x.split(1), generator, strict=True)])
 
 
 def _score(x: Tensor, velocity: Tensor, t: float, path_type: PathType) -> Tensor:
