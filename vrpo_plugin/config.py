@@ -91,8 +91,8 @@ class VRPOConfig:
         reward_release: Schedule of the rewards: ``none``, ``linear`` or ``stop``, as ``release``. When: ``none`` to
             study a constant weight. Measured: ``linear`` 1.25, ``none`` 1.90, after 600 steps [ablations]; after 1,500
             steps ``linear`` 0.86, ``stop`` at half 1.45, ``none`` 1.19, all from 0.8 [schedule].
-        reward_floor: Share of ``reward_coeff`` at which the schedule of the rewards ends, in [0, 1]. When: lower it for
-            runs far longer than those measured; 0 lets go of the rewards, and of what they have brought. Measured:
+        reward_floor: Share of ``reward_coeff`` at which the schedule of the rewards ends, in [0, 1]. When: a run is
+            many times as long as those measured: try a lower one; with 0 what the rewards have brought is lost. Measured:
             without scale 0, 0.05, 0.1, 0.25 and 0.5 end at 0.93, 0.37, 0.36, 0.57 and 0.84; with it 0.1 at 0.36, 0.25
             at 0.51 [floor].
         noise_gate: Weight of the rewards by the sample's noise: ``none``; ``linear``, 2 (1 - t); ``cut``, 1 up to
