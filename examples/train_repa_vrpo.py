@@ -35,6 +35,7 @@ from train_parts import (
 from vrpo_plugin import NonFiniteGuard, VRPOConfig, VRPOError
 from vrpo_plugin.standalone.run_folder import MetricBuffer, RunFolder, SkippedSteps
 from vrpo_plugin.standalone.sources import Source, open_source
+from vrpo_plugin.standalone.stopping import Agreement, StopSignals
 from vrpo_plugin.standalone.training import (
     build_ema,
     ema_decay,
@@ -83,7 +84,7 @@ class Trainer:
         self.painter = Painter(options, config, self.source, decode, device) if decode else None
         if self.painter is not None and accelerator.is_main_process:
             self.painter.load_network()
-        self.metrics = MetricBuffer(accelerator)
+        self.signals = StopSignals(say=accelerator.is_main_process)
         self.skipped = SkippedSteps(options.max_skipped_steps)
         self.step = 0
 
@@ -114,11 +115,17 @@ class Trainer:
             self.folder.save(self.step, {**tensors, "ema": self.ema.state_dict()}, scalars)
         self.accelerator.wait_for_everyone()
 
-    def train(self) -> None:
-        """Trains up to ``max_train_steps``; the last step always gets a grid and a checkpoint."""
+    def train(self) -> bool:
+        """Trains up to ``max_train_steps``; the last step always gets a grid and a checkpoint.
+
+        Returns:
+            False where a signal stopped it: the step that was being made has a checkpoint.
+        """
         options = self.options
         if self.accelerator.is_main_process:
             self.folder.start()
+        self.agreement = Agreement(self.accelerator, self.signals, every=options.flush_steps, step=self.step)
+        self.metrics = MetricBuffer(self.agreement)
         loader = iter(build_loader(options, self.config, self.source, self.accelerator, self.step))
         self.step_module.train()
         self.bar = tqdm(
@@ -127,8 +134,22 @@ class Trainer:
             disable=not self.accelerator.is_local_main_process,
             desc=options.run_name,
         )
+        with self.signals:
+            self._steps(loader)
+        self.bar.close()
+        if self.agreement.stop and (self.step < options.max_train_steps or options.eval_samples):
+            self.accelerator.print(self.signals.message(self.step))
+            return False
+        self.signals.release()
+        if options.eval_samples and self.accelerator.is_main_process:
+            self._evaluate()
+        self.accelerator.wait_for_everyone()
+        return True
+
+    def _steps(self, loader: Any) -> None:
+        options = self.options
         started = time.perf_counter()
-        while self.step < options.max_train_steps:
+        while self.step < options.max_train_steps and not self.agreement.stop:
             metrics = self._train_step(loader)
             self.step += 1
             now = time.perf_counter()
@@ -136,16 +157,14 @@ class Trainer:
             started = now
             self.bar.update()
             last = self.step == options.max_train_steps
-            if self.step % options.flush_steps == 0 or last:
+            draws = bool(options.sampling_steps) and (self.step % options.sampling_steps == 0 or last)
+            saves = self.step % options.checkpointing_steps == 0 or last
+            if draws or saves or self.agreement.due(self.step):
                 self._flush()
-            if options.sampling_steps and (self.step % options.sampling_steps == 0 or last):
+            if draws and not self.agreement.stop:
                 self._draw()
-            if self.step % options.checkpointing_steps == 0 or last:
+            if saves or self.agreement.stop:
                 self.save()
-        self.bar.close()
-        if options.eval_samples and self.accelerator.is_main_process:
-            self._evaluate()
-        self.accelerator.wait_for_everyone()
 
     def _train_step(self, loader: Any) -> dict[str, Tensor]:
         accelerator, micro_steps = self.accelerator, self.options.gradient_accumulation_steps
@@ -223,8 +242,10 @@ def main(argv: list[str] | None = None) -> None:
             flat = {k: v for k, v in to_dict(options, config).items() if isinstance(v, (str, int, float, bool))}
             accelerator.init_trackers("vrpo-plugin", config=flat)
         trainer.resume()
-        trainer.train()
+        finished = trainer.train()
         accelerator.end_training()
+        if not finished:
+            sys.exit(trainer.signals.exit_status)
     except VRPOError as error:
         sys.exit(f"{type(error).__name__}: {error}")
 

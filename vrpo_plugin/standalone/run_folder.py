@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,7 @@ from vrpo_plugin.errors import CheckpointError, ConfigError, NonFiniteError
 from vrpo_plugin.files import write_file
 from vrpo_plugin.standalone.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from vrpo_plugin.standalone.evaluate import EvalProtocol, EvalResult
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from vrpo_plugin.standalone.stopping import Agreement
 
 ENCODER_PREFIX = "encoder-"  # of the file in the run's folder that keeps a small encoder
 
@@ -161,8 +159,8 @@ def _has_protocol(path: Path, protocol: EvalProtocol) -> bool:
 class MetricBuffer:
     """Keeps every step's metrics on the device and brings them to the host in one transfer per flush."""
 
-    def __init__(self, accelerator: "Accelerator") -> None:
-        self.accelerator = accelerator
+    def __init__(self, agreement: Agreement) -> None:
+        self.agreement = agreement
         self.rows: list[tuple[int, float, Tensor]] = []
         self.names: tuple[str, ...] = ()
 
@@ -172,12 +170,16 @@ class MetricBuffer:
         self.rows.append((step, seconds, torch.stack([m.detach().float() for m in metrics.values()])))
 
     def flush(self) -> list[dict[str, float | int | None]]:
-        """The rows since the last flush, averaged over processes; NaN becomes None."""
+        """The rows since the last flush, averaged over processes, which agree on the way whether to stop.
+
+        NaN becomes None.
+        """
         if not self.rows:
             return []
-        values = self.accelerator.reduce(torch.stack([v for _, _, v in self.rows]), reduction="mean")
+        values = torch.stack([v for _, _, v in self.rows])
+        means = self.agreement.exchange(self.rows[-1][0], values, [seconds for _, seconds, _ in self.rows])
         rows: list[dict[str, float | int | None]] = []
-        for (step, seconds, _), row in zip(self.rows, values.tolist(), strict=True):
+        for (step, seconds, _), row in zip(self.rows, means.tolist(), strict=True):
             numbers = {n: v if math.isfinite(v) else None for n, v in zip(self.names, row, strict=True)}
             rows.append({"step": step, **numbers, "seconds": round(seconds, 4)})
         self.rows.clear()
