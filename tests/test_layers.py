@@ -39,7 +39,7 @@ MAY_INSIDE_FUNCTIONS: dict[str, set[str]] = {
     "encoders": {"timm", "lpips", "torchvision", "safetensors", "huggingface_hub"},
     "standalone": {"accelerate", "scipy", "torchvision", "sklearn", "PIL", "matplotlib"},
     "hosts": {"safetensors", "yaml"},
-    "commands": {"standalone", "hosts"},
+    "commands": {"standalone", "hosts", "settings"},
     "vrpo_plugin": {"functional", "hosts", "modules"},
 }
 # Inside hosts/ a file imports only what stands above its own row.

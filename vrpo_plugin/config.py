@@ -262,7 +262,7 @@ def describe_fields(owner: type) -> dict[str, dict[str, str]]:
     """
     groups: dict[str, dict[str, str]] = {}
     for title, body in re.findall(
-        r"^Attributes:[ ]?(.*)\n((?:[ ]{4}.*\n|\n)*)", inspect.getdoc(owner) or "", flags=re.M
+        r"^Attributes:[ ]?(.*)\n((?:[ ]{4}.*\n|\n)*)", f"{inspect.getdoc(owner)}\n", flags=re.M
     ):
         entries = re.findall(r"^[ ]{4}(\w+): (.*(?:\n[ ]{8}.*)*)", body, flags=re.M)
         groups[title] = {name: " ".join(text.split()) for name, text in entries}

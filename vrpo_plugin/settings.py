@@ -112,6 +112,8 @@ def check_kind(value: Any, hint: Any, subject: str) -> None:
 def add_flags(group: Any, kind: type) -> None:
     """Adds one command-line option per field of a dataclass, without defaults: what is not given hides no recipe.
 
+    A field without a default is a required option.
+
     Args:
         group: an ``argparse`` parser or a group of one.
         kind: the dataclass; ``metadata["help"]`` of a field is its text, or what its docstring says of the field.
@@ -119,9 +121,15 @@ def add_flags(group: Any, kind: type) -> None:
     hints = get_type_hints(kind)
     described = {name: text for own in describe_fields(kind).values() for name, text in own.items()}
     for f in fields(kind):
-        hint, text = hints[f.name], f.metadata.get("help", described.get(f.name, "").replace("%", "%%"))
+        hint, text = (
+            hints[f.name],
+            f.metadata.get("help", described.get(f.name, "").replace("%", "%%").replace("``", "")),
+        )
         kwargs: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS}
-        kwargs["help"] = f"{text} (default: {f.default})".strip()
+        if f.default is MISSING:
+            kwargs |= {"help": text, "required": True}
+        else:
+            kwargs["help"] = f"{text} (default: {f.default})".strip()
         alternatives = _alternatives(hint)
         lists = [part for part in alternatives if get_origin(part) is tuple]
         if hint is bool:
