@@ -25,7 +25,7 @@ from vrpo_plugin.standalone.sampler import sample
 from vrpo_plugin.standalone.sit import SiT, create_sit
 from vrpo_plugin.standalone.sources import Source, all_images
 from vrpo_plugin.standalone.stopping import leave_signals_to_parent
-from vrpo_plugin.standalone.targets import SMALL, load_targets
+from vrpo_plugin.standalone.targets import SMALL, check_small, load_targets
 from vrpo_plugin.standalone.training import aligner_of, parameter_groups
 
 JUDGE_SEED = 1  # fixed, and not the small encoder's: runs of all seeds and methods share one independent judge
@@ -87,6 +87,7 @@ def check_data(options: TrainOptions, source: Source, processes: int) -> None:
 
     Raises:
         ConfigError: flips of cached latents, oblong images, too few of them, or a batch that cannot be shared out.
+        DataError: too few images or classes to train a small network on.
     """
     PositionBatchSampler(batch_size=options.batch_size, num_batches=1, world_size=processes)
     cached = source.latent_shape != source.image_shape
@@ -99,6 +100,10 @@ def check_data(options: TrainOptions, source: Source, processes: int) -> None:
     if options.eval_samples and len(source) <= EvalProtocol.k:
         do = "Add images, or take --eval-samples 0."
         raise ConfigError("data", expected=f"more than {EvalProtocol.k} images", got=len(source), do=do)
+    if options.enc_type == SMALL and options.enc_checkpoint is None and options.method != "none":
+        check_small(source)
+    if options.eval_samples and options.eval_network == SMALL:
+        check_small(source, "small evaluation network", "--eval-network inception_v3")
 
 
 def build_targets(options: TrainOptions, source: Source, folder: Path, accelerator: Accelerator) -> Targets:

@@ -88,6 +88,10 @@ def stack(samples, positions):
     return torch.utils.data.default_collate([samples[p] for p in positions])
 
 
+def said(source):
+    return [remark.text for remark in remarks_on(source)]
+
+
 def same(a, b):
     return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
@@ -403,7 +407,7 @@ def test_an_unreadable_file_is_skipped_and_named(tmp_path, damage, file):
     images, labels = all_images(source)
     assert len(images) == 5 and labels.tolist() == [(5 * i) % 4 for i in (0, 1, 3, 4, 5)]
     assert torch.equal(source.load(2)[0], source.load(3)[0]) and source.load(2)[2] == source.load(3)[2]
-    assert remarks_on(source) == [f"skipped 1 of 6 files that cannot be read: {file(root)}"]
+    assert said(source) == [f"skipped 1 of 6 files that cannot be read: {file(root)}"]
 
 
 def test_unreadable_files_of_a_folder(tmp_path):
@@ -417,7 +421,7 @@ def test_unreadable_files_of_a_folder(tmp_path):
     batches = list(loader)
     assert len(batches) == 4
     # The workers have met them, and this process says so: positions are the same as without workers.
-    (line,) = remarks_on(source)
+    (line,) = said(source)
     names = ", ".join(str(tmp_path / f"{i}.png") for i in (2, 3, 5))
     assert line == f"skipped 4 of 8 files that cannot be read: {names}, ..."
     assert torch.equal(batches[0]["image"], stack(samples, range(4))["image"])
@@ -472,7 +476,7 @@ def test_transparency_is_composed_on_white(tmp_path, mode):
         expected = np.repeat(255 - pixels[..., 3:].astype(int), 3, axis=2)
     source = ImageFolderSource(tmp_path, 8)
     assert np.abs(source.load(0)[0].numpy().astype(int) - expected.transpose(2, 0, 1)).max() <= 1
-    assert remarks_on(source) == [f"composed 1 of 1 files with transparency on white: {path}"]
+    assert said(source) == [f"composed 1 of 1 files with transparency on white: {path}"]
 
 
 def test_opaque_alpha_changes_nothing(tmp_path):

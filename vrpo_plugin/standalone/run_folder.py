@@ -17,6 +17,7 @@ from vrpo_plugin.standalone.checkpoint import latest_checkpoint, load_checkpoint
 from vrpo_plugin.standalone.evaluate import EvalProtocol, EvalResult
 from vrpo_plugin.standalone.stopping import Agreement
 
+DATA = "data_fingerprint"  # the setting that no option gives
 ENCODER_PREFIX = "encoder-"  # of the file in the run's folder that keeps a small encoder
 
 
@@ -54,23 +55,24 @@ class RunFolder:
         found = self.path.iterdir() if self.path.exists() else ()
         if all(entry.name.startswith(ENCODER_PREFIX) for entry in found):
             return
-        if not self.resume or not recorded.exists():
+        former = json.loads(recorded.read_text(encoding="utf-8"))["settings"] if recorded.exists() else None
+        unlike = {} if former is None else {key: former.get(key) for key in self.settings if self._changed(key, former)}
+        options = " ".join(as_option(key, value) for key, value in unlike.items() if key != DATA)
+        if not self.resume or former is None:
+            do = f"pass --resume {options}".rstrip() + " to go on with that run"
             raise ConfigError(
                 str(self.path),
                 expected="a new or empty folder",
                 got="another run's files",
-                do="Choose another --exp-name, or pass --resume to go on with that run.",
+                do=f"Choose another --exp-name{'' if former is None or DATA in unlike else f', or {do}'}.",
             )
-        former = json.loads(recorded.read_text(encoding="utf-8"))["settings"]
-        unlike = [
-            f"{key}: {former.get(key)!r} then, {value!r} now"
-            for key, value in self.settings.items()
-            if key not in self.free and former.get(key) != value
-        ]
         if unlike:
-            raise ConfigError(
-                str(self.path), expected="the settings that the run began with", got="; ".join(unlike), do="Use them."
-            )
+            got = "; ".join(f"{key}: {value!r} then, {self.settings[key]!r} now" for key, value in unlike.items())
+            do = f"Pass {options}." if options else "Point --data-dir at the data that the run began with."
+            raise ConfigError(str(self.path), expected="the settings that the run began with", got=got, do=do)
+
+    def _changed(self, key: str, former: Mapping[str, Any]) -> bool:
+        return key not in self.free and bool(former.get(key) != self.settings[key])
 
     def start(self) -> None:
         """Makes the folder and writes config.json; called when all parts are built, so a failed start leaves none."""
@@ -147,6 +149,18 @@ class RunFolder:
         figure.tight_layout()
         write_file(self.path / "curves.png", lambda file: figure.savefig(file, dpi=110, format="png"))
         plt.close(figure)
+
+
+def as_option(key: str, value: Any) -> str:
+    """A setting of config.json as it is written on the command line."""
+    name = key.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    if value is None:
+        return f"(no --{name})"
+    if isinstance(value, Mapping):
+        value = [f"{one}={share}" for one, share in value.items()]
+    return f"--{name} {','.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 def _has_protocol(path: Path, protocol: EvalProtocol) -> bool:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +13,14 @@ from vrpo_plugin.errors import DataError
 from vrpo_plugin.standalone.images import UnreadableError
 
 NAMED = 3  # files that a line of remarks names
+
+
+class Remark(NamedTuple):
+    """What was met in some files: of which kind, in how many, and in words with the first names."""
+
+    kind: str
+    files: int
+    text: str
 
 
 class FileFlags:
@@ -71,8 +80,8 @@ class OfFiles:
         """Indices of the files that could not be read, as far as they were met, by any process of the data loader."""
         return self._flags.indices(FileFlags.UNREADABLE)
 
-    def remarks(self) -> list[str]:
-        """What there is to say of the files that were read so far, a line for each."""
+    def remarks(self) -> list[Remark]:
+        """What there is to say of the files that were read so far."""
         lines = []
         for flag, text in (
             (FileFlags.UNREADABLE, "skipped {} that cannot be read"),
@@ -81,7 +90,8 @@ class OfFiles:
             if found := self._flags.indices(flag):
                 count = f"{len(found):,} of {len(self):,} files"
                 names = ", ".join(str(self._named(index)) for index in found[:NAMED])
-                lines.append(f"{text.format(count)}: {names}{', ...' if len(found) > NAMED else ''}")
+                text = f"{text.format(count)}: {names}{', ...' if len(found) > NAMED else ''}"
+                lines.append(Remark(str(flag), len(found), text))
         return lines
 
 

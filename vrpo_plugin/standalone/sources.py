@@ -17,10 +17,12 @@ from torch import Tensor
 
 from vrpo_plugin.errors import ConfigError
 from vrpo_plugin.standalone.images import UnreadableError, center_crop, open_image, to_tensor
+from vrpo_plugin.standalone.progress import progress
 from vrpo_plugin.standalone.source_files import (
     FileFlags,
     FileList,
     OfFiles,
+    Remark,
     data_error,
     entries_of,
     evenly_spaced,
@@ -28,6 +30,7 @@ from vrpo_plugin.standalone.source_files import (
 )
 
 Shape = tuple[int, ...]
+MANY = 2000  # images that may take longer to read than one waits without a bar
 
 
 class Source(Protocol):
@@ -277,7 +280,8 @@ def all_images(source: Source, limit: int | None = None) -> tuple[Tensor, Tensor
     if limit is not None and limit < 1:
         raise ConfigError("limit", expected="a positive number", got=limit, do="Pass None for all.")
     indices = evenly_spaced(len(source), limit or len(source))
-    items = [source.load(index) for index in indices]
+    bar = progress(indices, "reading images", unit="image", enabled=len(indices) >= MANY)
+    items = [source.load(index) for index in bar]
     if unreadable := {*getattr(source, "unreadable", list)()}:  # another one stood in for it
         items = [item for index, item in zip(indices, items, strict=True) if index not in unreadable] or items
     return torch.stack([image for image, _, _ in items]), torch.tensor([label for _, _, label in items])
@@ -344,7 +348,7 @@ def _digest(parts: Sequence[bytes]) -> str:
     return digest.hexdigest()[:16]
 
 
-def remarks_on(source: Source) -> list[str]:
-    """What there is to say of the files that a source has read so far, a line for each; of other sources, nothing."""
-    remarks: Callable[[], list[str]] = getattr(source, "remarks", list)
+def remarks_on(source: Source) -> list[Remark]:
+    """What there is to say of the files that a source has read so far; of a source without files, nothing."""
+    remarks: Callable[[], list[Remark]] = getattr(source, "remarks", list)
     return remarks()
