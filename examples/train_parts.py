@@ -70,7 +70,7 @@ def check_tools(options: TrainOptions) -> None:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     trackers = [str(tracker) for tracker in get_available_trackers()]
-    if options.report_to not in ("none", "all", *trackers):
+    if options.report_to not in ("none", *(["all"] if trackers else []), *trackers):
         known = options.report_to in map(str, LOGGER_TYPE_TO_CLASS)
         do = f"pip install {options.report_to}." if known else "Correct it."
         expected = f"none, or a tracker that is installed ({', '.join(trackers) or 'none is'})"

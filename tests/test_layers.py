@@ -27,7 +27,7 @@ MAY: dict[str, set[str]] = {
     "standalone": {"functional", "modules", "encoders", "config", "settings", "files", "errors", "_version"}
     | {"torch", "timm", "einops", "numpy", "safetensors", "tqdm"},
     "patching": {"files", "errors"},
-    "hosts": {"errors", "config", "functional", "modules", "encoders", "files", "patching", "torch"},
+    "hosts": {"errors", "config", "settings", "functional", "modules", "encoders", "files", "patching", "torch"},
     "launch": {"errors", "config", "_version", "hosts", "patching"},
     "commands": {"errors"},
     "cli": {"commands", "errors", "_version"},

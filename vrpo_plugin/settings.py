@@ -14,6 +14,7 @@ from vrpo_plugin.errors import ConfigError
 
 T = TypeVar("T")
 SCALARS = (bool, int, float, str)
+LINES = "Write one 'key: value' a line, or JSON."
 
 
 def read_mapping(path: str | Path, what: str = "a YAML or JSON file") -> dict[str, Any]:
@@ -32,8 +33,8 @@ def read_mapping(path: str | Path, what: str = "a YAML or JSON file") -> dict[st
     try:
         content = load(path.read_text(encoding="utf-8"))
     except errors as error:
-        raise ConfigError(str(path), expected=what, got=error, do="Check the path.") from error
-    return _mapping({} if content is None else content, str(path))
+        raise ConfigError(str(path), expected=what, got=" ".join(str(error).split()), do=LINES) from error
+    return _mapping({} if content is None else content, str(path), what)
 
 
 def build(kind: type[T], values: object, subject: str) -> T:
@@ -161,10 +162,10 @@ def _list_parser(kind: Any, words: list[str]) -> Any:
     return comma_list
 
 
-def _mapping(content: object, subject: str) -> dict[str, Any]:
+def _mapping(content: object, subject: str, what: str = "key: value lines") -> dict[str, Any]:
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
         got = repr(content)[:200]
-        raise ConfigError(subject, expected="key: value lines", got=got, do="Correct it.")
+        raise ConfigError(subject, expected=what, got=got, do=LINES)
     return dict(content)
 
 

@@ -19,6 +19,7 @@ from vrpo_plugin.modules.critic import LatentCritic, save_critic
 from vrpo_plugin.settings import check_kinds
 from vrpo_plugin.standalone.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from vrpo_plugin.standalone.data import PositionBatchSampler, TrainingSamples
+from vrpo_plugin.standalone.phases import Phase, Remarks, describe_source
 from vrpo_plugin.standalone.progress import progress
 from vrpo_plugin.standalone.sources import Source, open_source
 from vrpo_plugin.standalone.stopping import Agreement, StopSignals, leave_signals_to_parent
@@ -115,10 +116,12 @@ def train_critic(settings: CriticTraining) -> dict[str, Any]:
 
     output = Path(settings.output)
     _check(settings, output)
-    source = open_source(settings.data_dir, settings.resolution)
+    accelerator = Accelerator(mixed_precision=settings.mixed_precision)
+    with Phase("data", enabled=accelerator.is_main_process) as phase:
+        source = open_source(settings.data_dir, settings.resolution)
+        phase.made = describe_source(source)
     if len(source) < 2 * HELD_OUT_EVERY:
         raise DataError("data", expected=f"at least {2 * HELD_OUT_EVERY} images", got=len(source), do="Add images.")
-    accelerator = Accelerator(mixed_precision=settings.mixed_precision)
     _loader(settings, source, accelerator)  # refuses a batch that cannot be shared out
     run = _Training(settings, source, accelerator)
     accelerator.wait_for_everyone()  # every process has looked before the first one writes
@@ -143,6 +146,8 @@ class _Training:
         self.settings, self.source, self.accelerator = settings, source, accelerator
         self.signals = StopSignals(say=accelerator.is_main_process)
         self.checkpoints = checkpoints_of(Path(settings.output))
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        self.remarks = Remarks(source, "data" if processes == 1 else f"data (process {rank})")
         self.recorded = {k: v for k, v in asdict(settings).items() if k not in FREE_ON_RESUME}
         self.recorded |= {"data_fingerprint": source.fingerprint(), "precision": accelerator.mixed_precision}
         del self.recorded["mixed_precision"]
@@ -160,7 +165,9 @@ class _Training:
 
     def build(self) -> None:
         settings, accelerator = self.settings, self.accelerator
-        with accelerator.main_process_first():
+        encoder = Phase("encoder", enabled=accelerator.is_main_process)
+        with encoder, accelerator.main_process_first():
+            encoder.made = settings.enc_type
             self.targets = load_targets(
                 settings.enc_type,
                 self.source,
@@ -232,14 +239,15 @@ class _Training:
                 saves = self.step % settings.checkpointing_steps == 0 or self.step == settings.steps
                 if saves or together.due(self.step):
                     shown = together.exchange(self.step, torch.stack(cosines), seconds)
+                    self.remarks.say_new()
                     postfix |= {"train": f"{shown.mean():.3f}"}
                     cosines, seconds = [], []
                 if saves or together.stop:
                     self.save()
-                if self.step % max(1, settings.steps // 10) == 0:
-                    bar.write(
-                        f"critic: step {self.step}, held-out cosine {self.agreement_on_held_out():.3f}"
-                    ) if main else None
+                if main and self.step % max(1, settings.steps // 10) == 0:
+                    postfix |= {"held_out": f"{self.agreement_on_held_out():.3f}"}
+                bar.set_postfix(postfix, refresh=False)
+        self.remarks.say_new(all_of_them=True)
         if together.stop and self.step < settings.steps:
             self.accelerator.print(self.signals.message(self.step))
             self.accelerator.end_training()
