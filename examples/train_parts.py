@@ -24,7 +24,7 @@ from vrpo_plugin.standalone.run_folder import ENCODER_PREFIX
 from vrpo_plugin.standalone.sampler import sample
 from vrpo_plugin.standalone.sit import SiT, create_sit
 from vrpo_plugin.standalone.sources import Source, all_images
-from vrpo_plugin.standalone.stopping import leave_signals_to_parent
+from vrpo_plugin.standalone.stopping import WorkerSignals
 from vrpo_plugin.standalone.targets import SMALL, check_small, load_targets
 from vrpo_plugin.standalone.training import aligner_of, parameter_groups
 
@@ -223,7 +223,7 @@ def build_loader(
         num_workers=options.num_workers,
         pin_memory=accelerator.device.type == "cuda",
         persistent_workers=options.num_workers > 0,
-        worker_init_fn=leave_signals_to_parent,
+        worker_init_fn=WorkerSignals(),
     )
 
 

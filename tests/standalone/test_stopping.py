@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -76,3 +78,22 @@ def test_a_signal_that_came_too_late_does_what_it_did_before() -> None:
         assert seen == [signal.SIGUSR1]
     finally:
         signal.signal(signal.SIGUSR1, former)
+
+
+LEAKED = """
+import os, signal, torch
+from torch.utils.data import DataLoader
+from vrpo_plugin.standalone.stopping import WorkerSignals
+loader = DataLoader(range(8), num_workers=2, worker_init_fn=WorkerSignals())
+iterator = iter(loader)
+kept = [next(iterator)]
+os.kill(iterator._workers[0].pid, signal.SIGTERM)  # the other one gets the parent's alone
+kept += [next(iterator) for _ in range(5)]
+iterator.itself = iterator  # a cycle: nothing ends the workers before the process exits
+print(len(kept), all(worker.is_alive() for worker in iterator._workers))
+"""
+
+
+def test_workers_outlive_a_signal_to_the_job_and_not_their_parent() -> None:
+    result = subprocess.run([sys.executable, "-c", LEAKED], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (0, "6 True\n"), result.stderr

@@ -3,6 +3,7 @@
 SLURM sends SIGTERM, or what ``--signal`` says (SIGUSR1), some seconds before it kills; Ctrl-C sends SIGINT.
 """
 
+import atexit
 import os
 import signal
 import threading
@@ -124,15 +125,23 @@ class Agreement:
         return torch.tensor(means, dtype=values.dtype).view(values.shape)
 
 
-def leave_signals_to_parent(_: int) -> None:
+class WorkerSignals:
     """``worker_init_fn`` of a DataLoader: a signal to the whole job must not end its workers before the last step.
 
-    torch's own handler would end them, and the training process with an error. A second SIGTERM, the parent's, does.
+    torch's own handler would end them, and the training process with an error. When this process exits, its SIGTERM
+    ends them as ever: a worker cannot see who sent one, so it looks whether this process is on its way out.
     """
-    for one in SIGNALS:
-        signal.signal(one, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _first_term)
 
+    def __init__(self) -> None:
+        self._leaving = torch.zeros(1, dtype=torch.uint8).share_memory_()
+        atexit.register(self._leaving.fill_, 1)  # runs before multiprocessing's own, which was registered earlier
 
-def _first_term(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    def __call__(self, worker_id: int) -> None:
+        """Runs in the worker."""
+        for one in SIGNALS:
+            signal.signal(one, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._leaving.any():
+            os._exit(0)

@@ -22,7 +22,7 @@ from vrpo_plugin.standalone.data import PositionBatchSampler, TrainingSamples
 from vrpo_plugin.standalone.phases import Phase, Remarks, describe_source
 from vrpo_plugin.standalone.progress import progress
 from vrpo_plugin.standalone.sources import Source, open_source
-from vrpo_plugin.standalone.stopping import Agreement, StopSignals, leave_signals_to_parent
+from vrpo_plugin.standalone.stopping import Agreement, StopSignals, WorkerSignals
 from vrpo_plugin.standalone.targets import SMALL, load_targets
 from vrpo_plugin.standalone.training import load_states, whole_states
 
@@ -337,4 +337,4 @@ def _loader(
         start_batch=start,
     )
     samples, workers = TrainingSamples(source, seed=settings.seed), settings.num_workers
-    return DataLoader(samples, batch_sampler=sampler, num_workers=workers, worker_init_fn=leave_signals_to_parent)
+    return DataLoader(samples, batch_sampler=sampler, num_workers=workers, worker_init_fn=WorkerSignals())
