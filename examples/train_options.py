@@ -84,7 +84,7 @@ class TrainOptions:
     checkpointing_steps: int = _option(50_000, "steps between checkpoints")
     keep_last: int | None = _option(None, "how many checkpoints to keep; None: all")
     sampling_steps: int = _option(10_000, "steps between sample grids; 0: none")
-    flush_steps: int = _option(50, "steps between writes of metrics.jsonl")
+    flush_steps: int = _option(50, "at most so many steps (and about 5 s) between writes of metrics.jsonl")
 
     eval_samples: int = _option(0, "samples of the Frechet distance at the end; 0: none")
     eval_network: str = _option("small", "its network: small (trained on the images), or a timm name")

@@ -30,7 +30,8 @@ from vrpo_plugin.standalone.evaluate import EvalProtocol, EvalResult, evaluate
 from vrpo_plugin.standalone.run_folder import ENCODER_PREFIX
 from vrpo_plugin.standalone.sit import SiT, create_sit
 from vrpo_plugin.standalone.sources import Source, all_images
-from vrpo_plugin.standalone.targets import SMALL, load_targets
+from vrpo_plugin.standalone.stopping import WorkerSignals
+from vrpo_plugin.standalone.targets import SMALL, check_small, load_targets
 from vrpo_plugin.standalone.training import aligner_of, parameter_groups
 
 GRID_BATCH = 13  # images: a grid is eight batches, for the eight GPUs of a machine
@@ -76,7 +77,7 @@ def check_tools(options: TrainOptions) -> None:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     trackers = [str(tracker) for tracker in get_available_trackers()]
-    if options.report_to not in ("none", "all", *trackers):
+    if options.report_to not in ("none", *(["all"] if trackers else []), *trackers):
         known = options.report_to in map(str, LOGGER_TYPE_TO_CLASS)
         do = f"pip install {options.report_to}." if known else "Correct it."
         expected = f"none, or a tracker that is installed ({', '.join(trackers) or 'none is'})"
@@ -93,6 +94,7 @@ def check_data(options: TrainOptions, source: Source, processes: int) -> None:
 
     Raises:
         ConfigError: flips of cached latents, oblong images, too few of them, or a batch that cannot be shared out.
+        DataError: too few images or classes to train a small network on.
     """
     PositionBatchSampler(batch_size=options.batch_size, num_batches=1, world_size=processes)
     cached = source.latent_shape != source.image_shape
@@ -105,6 +107,10 @@ def check_data(options: TrainOptions, source: Source, processes: int) -> None:
     if options.eval_samples and len(source) <= EvalProtocol.k:
         do = "Add images, or take --eval-samples 0."
         raise ConfigError("data", expected=f"more than {EvalProtocol.k} images", got=len(source), do=do)
+    if options.enc_type == SMALL and options.enc_checkpoint is None and options.method != "none":
+        check_small(source)
+    if options.eval_samples and options.eval_network == SMALL:
+        check_small(source, "small evaluation network", "--eval-network inception_v3")
 
 
 def build_targets(options: TrainOptions, source: Source, folder: Path, accelerator: Accelerator) -> Targets:
@@ -224,6 +230,7 @@ def build_loader(
         num_workers=options.num_workers,
         pin_memory=accelerator.device.type == "cuda",
         persistent_workers=options.num_workers > 0,
+        worker_init_fn=WorkerSignals(),
     )
 
 

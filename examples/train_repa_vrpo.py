@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 from train_options import FREE_ON_RESUME, TrainOptions, parse_options, to_dict
 from train_parts import (
     Painter,
@@ -34,8 +33,12 @@ from train_parts import (
 
 from vrpo_plugin import NonFiniteGuard, VRPOConfig, VRPOError
 from vrpo_plugin.standalone.held_out import watch_rewards
-from vrpo_plugin.standalone.run_folder import MetricBuffer, RunFolder, SkippedSteps
+from vrpo_plugin.standalone.phases import Phase, Remarks, describe_source, say, summary
+from vrpo_plugin.standalone.progress import progress
+from vrpo_plugin.standalone.run_folder import MetricBuffer, RunFolder, SkippedSteps, as_option
 from vrpo_plugin.standalone.sources import Source, open_source
+from vrpo_plugin.standalone.stopping import Agreement, StopSignals
+from vrpo_plugin.standalone.targets import SMALL
 from vrpo_plugin.standalone.training import (
     build_ema,
     ema_decay,
@@ -58,7 +61,10 @@ class Trainer:
     def __init__(self, options: TrainOptions, config: VRPOConfig, accelerator: Accelerator) -> None:
         self.options, self.config, self.accelerator = options, config, accelerator
         device = accelerator.device
-        self.source: Source = open_source(options.data_dir, options.resolution)
+        main = accelerator.is_main_process
+        with Phase("data", enabled=main) as phase:
+            self.source: Source = open_source(options.data_dir, options.resolution)
+            phase.made = describe_source(self.source)
         check_data(options, self.source, accelerator.num_processes)
         self.folder = RunFolder(
             Path(options.output_dir) / options.run_name,
@@ -71,10 +77,15 @@ class Trainer:
         decode = build_decoder(options, self.source, device)
         accelerator.wait_for_everyone()  # every process has looked before the first one writes
         aligned = config.features == "policy" or config.reward_coeff > 0
-        targets = build_targets(options, self.source, self.folder.path, accelerator) if aligned else None
+        targets = None
+        if aligned:
+            with Phase("encoder", enabled=main) as phase:
+                targets = build_targets(options, self.source, self.folder.path, accelerator)
+                phase.made = f"{options.enc_type}, {' + '.join(map(str, targets.dims))} features"
         self.encode = targets.encode if targets else lambda images: ()
-        self.model = build_model(options, config, self.source, targets).to(device)
-        accelerator.print(describe(options, config, self.model))
+        with Phase("model", enabled=main) as phase:
+            self.model = build_model(options, config, self.source, targets).to(device)
+            phase.made = describe(options, config, self.model)
         self.ema = build_ema(self.model)
         step_module = TrainingStep(self.model, config.path_type)
         optimizer = build_optimizer(options, self.model)
@@ -82,10 +93,16 @@ class Trainer:
         self.clip_groups = parameter_groups(self.model)
         self.guard = NonFiniteGuard(self.optimizer.optimizer, self.model, scaler=accelerator.scaler)
         self.painter = Painter(options, config, self.source, decode, device) if decode else None
-        if self.painter is not None and accelerator.is_main_process:
-            self.painter.load_network()
+        if self.painter is not None and main:
+            with Phase(
+                "evaluation network", enabled=bool(options.eval_samples) and options.eval_network != SMALL
+            ) as phase:
+                self.painter.load_network()
+                phase.made = options.eval_network
         self.watch = watch_rewards(self.folder.path, self.model, self.encode, self.source, decode, config.path_type)
-        self.metrics = MetricBuffer(accelerator)
+        self.signals = StopSignals(say=main)
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        self.remarks = Remarks(self.source, "data" if processes == 1 else f"data (process {rank})")
         self.skipped = SkippedSteps(options.max_skipped_steps)
         self.step = 0
 
@@ -105,6 +122,10 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.folder.cut_metrics(self.step)
         self.accelerator.print(f"resumed from step {self.step}")
+        if self.step >= self.options.max_train_steps:
+            schedule = as_option("reward_release_steps", self.config.reward_release_steps)
+            longer = f"--resume {schedule} --max-train-steps MORE"
+            self.accelerator.print(f"all steps are made already; {longer} makes the run longer, on its old schedule")
 
     def save(self) -> None:
         """Writes a checkpoint of all that the next step depends on; randomness depends on the step alone."""
@@ -116,21 +137,43 @@ class Trainer:
             self.folder.save(self.step, {**tensors, "ema": self.ema.state_dict()}, scalars)
         self.accelerator.wait_for_everyone()
 
-    def train(self) -> None:
-        """Trains up to ``max_train_steps``; the last step always gets a grid and a checkpoint."""
+    def train(self) -> bool:
+        """Trains up to ``max_train_steps``; the last step always gets a grid and a checkpoint.
+
+        Returns:
+            False where a signal stopped it: the step that was being made has a checkpoint.
+        """
         options = self.options
         if self.accelerator.is_main_process:
             self.folder.start()
+        self.agreement = Agreement(self.accelerator, self.signals, every=options.flush_steps, step=self.step)
+        self.metrics = MetricBuffer(self.agreement)
         loader = iter(build_loader(options, self.config, self.source, self.accelerator, self.step))
         self.step_module.train()
-        self.bar = tqdm(
-            total=options.max_train_steps,
+        self.bar = progress(
+            options.max_train_steps,
+            options.run_name,
+            unit="step",
             initial=self.step,
-            disable=not self.accelerator.is_local_main_process,
-            desc=options.run_name,
+            enabled=self.accelerator.is_local_main_process,
         )
+        with self.signals:
+            self._steps(loader)
+        self.bar.close()
+        self.remarks.say_new(all_of_them=True)
+        if self.agreement.stop and (self.step < options.max_train_steps or options.eval_samples):
+            self.accelerator.print(self.signals.message(self.step))
+            return False
+        self.signals.release()
+        if options.eval_samples:
+            self._evaluate()
+        self.accelerator.wait_for_everyone()
+        return True
+
+    def _steps(self, loader: Any) -> None:
+        options = self.options
         started = time.perf_counter()
-        while self.step < options.max_train_steps:
+        while self.step < options.max_train_steps and not self.agreement.stop:
             metrics = self._train_step(loader)
             self.step += 1
             now = time.perf_counter()
@@ -138,16 +181,14 @@ class Trainer:
             started = now
             self.bar.update()
             last = self.step == options.max_train_steps
-            if self.step % options.flush_steps == 0 or last:
+            draws = bool(options.sampling_steps) and (self.step % options.sampling_steps == 0 or last)
+            saves = self.step % options.checkpointing_steps == 0 or last
+            if draws or saves or self.agreement.due(self.step):
                 self._flush()
-            if options.sampling_steps and (self.step % options.sampling_steps == 0 or last):
+            if draws and not self.agreement.stop:
                 self._draw()
-            if self.step % options.checkpointing_steps == 0 or last:
+            if saves or self.agreement.stop:
                 self.save()
-        self.bar.close()
-        if options.eval_samples:
-            self._evaluate()
-        self.accelerator.wait_for_everyone()
 
     def _train_step(self, loader: Any) -> dict[str, Tensor]:
         accelerator, micro_steps = self.accelerator, self.options.gradient_accumulation_steps
@@ -179,6 +220,7 @@ class Trainer:
         rows = self.metrics.flush()
         if rows and self.accelerator.is_main_process:
             self.folder.append_metrics(rows)
+        self.remarks.say_new()
         self.skipped.add(rows)
         if not rows or not self.accelerator.is_main_process:
             return
@@ -230,8 +272,13 @@ def main(argv: list[str] | None = None) -> None:
             flat = {k: v for k, v in to_dict(options, config).items() if isinstance(v, (str, int, float, bool))}
             accelerator.init_trackers("vrpo-plugin", config=flat)
         trainer.resume()
-        trainer.train()
+        finished = trainer.train()
         accelerator.end_training()
+        if finished and accelerator.is_main_process:
+            for line in summary(trainer.folder.path):
+                say(line)
+        if not finished:
+            sys.exit(trainer.signals.exit_status)
     except VRPOError as error:
         sys.exit(f"{type(error).__name__}: {error}")
 

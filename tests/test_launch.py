@@ -37,6 +37,21 @@ print(json.dumps({"argv": sys.argv, "path": sys.path[0], "name": __name__, "file
 # ---- the command line ----
 
 
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_needs_no_script(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    launch.main([option])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("usage: ") and "example:" in lines
+    assert [line for line in lines if len(line) > 120] == []
+    options = [line for line in lines if line.startswith("  --vrpo-")]
+    explained = [lines[lines.index(line) + 1].strip() for line in options]
+    assert len(options) == len(KEYS) + 3 and all(len(text.split()) > 2 for text in explained)
+
+
+def test_help_behind_the_script_is_the_scripts() -> None:
+    assert parse_command(["train.py", "--help"]).arguments == ["--help"]
+
+
 def test_our_options_come_first_and_the_scripts_arguments_stay() -> None:
     assert parse_command(["train.py"]) == Command(Path("train.py"), [])
     odd = ["--x=--vrpo-config", "-vrpo-host", "--", "-m", "a b", "", "--vrpo", "--max-train-steps=3", "train.py", "ü"]
@@ -67,7 +82,7 @@ def test_options_of_the_launcher_itself() -> None:
     assert command == Command(Path("train.py"), [], config="a.yaml", host="sit", dry_run=True)
     for text, value in {"true": True, "True": True, "1": True, "false": False, "0": False}.items():
         assert parse_command([f"--vrpo-dry-run={text}", "train.py"]).dry_run is value
-    assert all(f"{key.replace('_', '-')}" in launch.USAGE for key in KEYS)
+    assert all(f"--vrpo-{key.replace('_', '-')}\n" in launch.help_text() for key in KEYS)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ MAY: dict[str, set[str]] = {
     "standalone": {"functional", "modules", "encoders", "config", "settings", "files", "errors", "_version"}
     | {"torch", "timm", "einops", "numpy", "safetensors", "tqdm"},
     "patching": {"files", "errors"},
-    "hosts": {"errors", "config", "functional", "modules", "encoders", "files", "patching", "torch"},
+    "hosts": {"errors", "config", "settings", "functional", "modules", "encoders", "files", "patching", "torch"},
     "launch": {"errors", "config", "_version", "hosts", "patching"},
     "commands": {"errors"},
     "cli": {"commands", "errors", "_version"},
@@ -49,7 +49,7 @@ MAY_INSIDE_FUNCTIONS: dict[str, set[str]] = {
         "diffusers",
     },
     "hosts": {"safetensors", "yaml"},
-    "commands": {"standalone", "hosts"},
+    "commands": {"standalone", "hosts", "settings"},
     "vrpo_plugin": {"functional", "hosts", "modules"},
 }
 # Inside hosts/ a file imports only what stands above its own row.

@@ -92,7 +92,7 @@ class VRPOConfig:
             study a constant weight. Measured: ``linear`` 1.25, ``none`` 1.90, after 600 steps [ablations]; after 1,500
             steps ``linear`` 0.86, ``stop`` at half 1.45, ``none`` 1.19, all from 0.8 [schedule].
         reward_floor: Share of ``reward_coeff`` at which the schedule of the rewards ends, in [0, 1]. When: a run is
-            many times as long as those measured: try a lower one; with 0 what the rewards have brought is lost. Measured:
+            many times as long as those measured: try a lower one; with 0 what the rewards brought is lost. Measured:
             without scale 0, 0.05, 0.1, 0.25 and 0.5 end at 0.93, 0.37, 0.36, 0.57 and 0.84; with it 0.1 at 0.36, 0.25
             at 0.51 [floor].
         noise_gate: Weight of the rewards by the sample's noise: ``none``; ``linear``, 2 (1 - t); ``cut``, 1 up to
@@ -266,7 +266,7 @@ def describe_fields(owner: type) -> dict[str, dict[str, str]]:
     """
     groups: dict[str, dict[str, str]] = {}
     for title, body in re.findall(
-        r"^Attributes:[ ]?(.*)\n((?:[ ]{4}.*\n|\n)*)", inspect.getdoc(owner) or "", flags=re.M
+        r"^Attributes:[ ]?(.*)\n((?:[ ]{4}.*\n|\n)*)", f"{inspect.getdoc(owner)}\n", flags=re.M
     ):
         entries = re.findall(r"^[ ]{4}(\w+): (.*(?:\n[ ]{8}.*)*)", body, flags=re.M)
         groups[title] = {name: " ".join(text.split()) for name, text in entries}

@@ -6,12 +6,13 @@
 import os
 import runpy
 import sys
+import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from vrpo_plugin._version import __version__
-from vrpo_plugin.config import VRPOConfig, check_keys
+from vrpo_plugin.config import VRPOConfig, check_keys, describe_fields
 from vrpo_plugin.errors import ConfigError, HostNotFoundError, PatchConflictError, VRPOError
 from vrpo_plugin.hosts.apply import apply_vrpo
 from vrpo_plugin.hosts.base import HostSpec
@@ -25,15 +26,48 @@ from vrpo_plugin.hosts.wrap import patch_bypassed
 from vrpo_plugin.patching.handle import PatchHandle
 
 PREFIX = "--vrpo-"
-USAGE = f"""usage: accelerate launch -m vrpo_plugin.launch [--vrpo-KEY VALUE ...] train.py [the script's own arguments]
+USAGE = "usage: accelerate launch -m vrpo_plugin.launch [--vrpo-KEY VALUE ...] train.py [the script's own arguments]"
 
---vrpo-config FILE   YAML or JSON with any of the keys below; VRPO_CONFIG names one too
---vrpo-host NAME     the host, where its files do not tell; or a HostSpec of yours: file.py:NAME or module:NAME
---vrpo-dry-run       say what would be patched, and stop; exit status 1 where applying would be refused
---vrpo-KEY VALUE     any key of VRPOConfig and HostOptions:
-                     {", ".join(sorted(key.replace("_", "-") for key in KEYS))}
+HINT = f"{USAGE}; --help explains the options."
+
+
+def help_text() -> str:
+    """What ``--help`` prints: every option in words, from the docstrings of the two settings classes."""
+    described = {name: text for owner in (VRPOConfig, HostOptions) for name, text in _described(owner)}
+    lines = [f"  --vrpo-{name.replace('_', '-')}\n{_wrapped(text)}" for name, text in described.items()]
+    return f"""{USAGE}
+
+Runs a training script of REPA, SiT, DiT or another supported codebase with VRPO, without a changed line: it finds
+the host by its files, checks that they are at a known version, applies VRPO and runs the script.
+
+example:
+  accelerate launch -m vrpo_plugin.launch --vrpo-dry-run --vrpo-reward-coeff 0.8 train.py --data-dir ../data
+  (without --vrpo-dry-run to train)
+
+options:
+  --vrpo-config FILE
+{_wrapped("YAML or JSON with any of the keys below; VRPO_CONFIG names one too.")}
+  --vrpo-host NAME
+{_wrapped("The host, where its files do not tell; or a HostSpec of yours: file.py:NAME or module:NAME.")}
+  --vrpo-dry-run
+{_wrapped("Say what would be patched, and stop; exit status 1 where applying would be refused.")}
+  -h, --help
+{_wrapped("This text. Behind the script, the script's own.")}
+
+keys of VRPOConfig and HostOptions; --vrpo-no-KEY for False:
+{chr(10).join(lines)}
 
 The command line goes before the environment (VRPO_KEY=VALUE), that before the file, that before the defaults."""
+
+
+def _described(owner: type) -> list[tuple[str, str]]:
+    defaults = {f.name: f.default for f in fields(owner)}
+    texts = {name: text for group in describe_fields(owner).values() for name, text in group.items()}
+    return [(name, f"{texts.get(name, '').replace('``', '')} (default: {defaults[name]})") for name in defaults]
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 110, initial_indent="      ", subsequent_indent="      ")
 
 
 @dataclass
@@ -68,25 +102,30 @@ def parse_command(argv: Sequence[str]) -> Command:
         elif rest:
             value = rest.pop(0)
         else:
-            raise ConfigError(PREFIX + key, expected="a value", got="none", do=USAGE)
+            raise ConfigError(PREFIX + key, expected="a value", got="none", do=HINT)
         check_keys([key], {*KEYS, "config", "host", "dry_run"}, subject="command line: VRPO setting")
         found[key] = value
     if not rest or rest[0].startswith("-"):
-        raise ConfigError("script", expected="train.py", got=rest[0] if rest else "nothing", do=USAGE)
+        raise ConfigError("script", expected="train.py", got=rest[0] if rest else "nothing", do=HINT)
     late = next((one for one in rest[1:] if one.startswith(PREFIX)), None)
     if late is not None:
         raise ConfigError(late, expected="our options before the script", got="behind it", do="Move it.")
     dry_run = parse_value(found.pop("dry_run", "false"))
     if dry_run not in (True, False):
-        raise ConfigError(f"{PREFIX}dry-run", expected="true or false", got=dry_run, do=USAGE)
+        raise ConfigError(f"{PREFIX}dry-run", expected="true or false", got=dry_run, do=HINT)
     config, host = found.pop("config", None), found.pop("host", None)
     return Command(Path(rest[0]), rest[1:], found, config, host, bool(dry_run))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Applies VRPO to the script's host and runs the script as ``python train.py`` would."""
+    """Applies VRPO to the script's host and runs the script as ``python train.py`` would; ``--help`` explains."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in ("-h", "--help"):
+        if is_main_process():
+            print(help_text())
+        return
     try:
-        command = parse_command(sys.argv[1:] if argv is None else argv)
+        command = parse_command(argv)
         prepared = prepare(command)
     except VRPOError as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -14,6 +14,7 @@ from vrpo_plugin.errors import ConfigError
 
 T = TypeVar("T")
 SCALARS = (bool, int, float, str)
+LINES = "Write one 'key: value' a line, or JSON."
 
 
 def read_mapping(path: str | Path, what: str = "a YAML or JSON file") -> dict[str, Any]:
@@ -32,8 +33,8 @@ def read_mapping(path: str | Path, what: str = "a YAML or JSON file") -> dict[st
     try:
         content = load(path.read_text(encoding="utf-8"))
     except errors as error:
-        raise ConfigError(str(path), expected=what, got=error, do="Check the path.") from error
-    return _mapping({} if content is None else content, str(path))
+        raise ConfigError(str(path), expected=what, got=" ".join(str(error).split()), do=LINES) from error
+    return _mapping({} if content is None else content, str(path), what)
 
 
 def build(kind: type[T], values: object, subject: str) -> T:
@@ -112,6 +113,8 @@ def check_kind(value: Any, hint: Any, subject: str) -> None:
 def add_flags(group: Any, kind: type) -> None:
     """Adds one command-line option per field of a dataclass, without defaults: what is not given hides no recipe.
 
+    A field without a default is a required option.
+
     Args:
         group: an ``argparse`` parser or a group of one.
         kind: the dataclass; ``metadata["help"]`` of a field is its text, or what its docstring says of the field.
@@ -119,9 +122,15 @@ def add_flags(group: Any, kind: type) -> None:
     hints = get_type_hints(kind)
     described = {name: text for own in describe_fields(kind).values() for name, text in own.items()}
     for f in fields(kind):
-        hint, text = hints[f.name], f.metadata.get("help", described.get(f.name, "").replace("%", "%%"))
+        hint, text = (
+            hints[f.name],
+            f.metadata.get("help", described.get(f.name, "").replace("%", "%%").replace("``", "")),
+        )
         kwargs: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS}
-        kwargs["help"] = f"{text} (default: {f.default})".strip()
+        if f.default is MISSING:
+            kwargs |= {"help": text, "required": True}
+        else:
+            kwargs["help"] = f"{text} (default: {f.default})".strip()
         alternatives = _alternatives(hint)
         lists = [part for part in alternatives if get_origin(part) is tuple]
         if hint is bool:
@@ -153,10 +162,10 @@ def _list_parser(kind: Any, words: list[str]) -> Any:
     return comma_list
 
 
-def _mapping(content: object, subject: str) -> dict[str, Any]:
+def _mapping(content: object, subject: str, what: str = "key: value lines") -> dict[str, Any]:
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
         got = repr(content)[:200]
-        raise ConfigError(subject, expected="key: value lines", got=got, do="Correct it.")
+        raise ConfigError(subject, expected=what, got=got, do=LINES)
     return dict(content)
 
 

@@ -16,7 +16,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,7 @@ def run_all(runs: Sequence[Run], arguments: argparse.Namespace) -> None:
     """
     jobs = arguments.jobs or (torch.cuda.device_count() or os.cpu_count() or 1)
     jobs = max(1, min(jobs, len(runs)))
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    shared = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)}
+    shared = environment_of(jobs, os.environ)
     places: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
     for place in gpu_of_each_job(jobs, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")):
         places.put({} if arguments.launch else place)
@@ -94,6 +93,12 @@ def run_all(runs: Sequence[Run], arguments: argparse.Namespace) -> None:
             stop.set()
             raise
     bar.close()
+
+
+def environment_of(jobs: int, environ: Mapping[str, str]) -> dict[str, str]:
+    """What runs side by side share: the cores between them, unless the user says how many threads each has."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    return {"OMP_NUM_THREADS": str(threads), **environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 def gpu_of_each_job(jobs: int, gpus: int, visible: str | None) -> list[dict[str, str]]:

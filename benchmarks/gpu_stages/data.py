@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from gpu_stages.stage import cpu_count
-from vrpo_plugin.standalone.sources import center_crop
+from vrpo_plugin.standalone.images import center_crop
 
 File = tuple[str, bytes]  # name from train/ or test/ on, content
 SPLITS = ("train", "test")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from convergence.__main__ import gpu_of_each_job
+from convergence.__main__ import environment_of, gpu_of_each_job
 from convergence.parts import Benchmark, Run
 from convergence.recipe import Recipe, read_recipe
 from convergence.run import evenly_spaced
@@ -97,6 +97,14 @@ def test_the_real_images_of_precision_and_recall_are_of_all_classes() -> None:
     labels = torch.arange(10).repeat_interleave(100)
     assert torch.equal(evenly_spaced(labels, 50).bincount(), torch.full((10,), 5))
     assert torch.equal(evenly_spaced(labels, 2000), labels)
+
+
+def test_a_users_number_of_threads_is_kept() -> None:
+    cores = os.cpu_count() or 1
+    assert environment_of(1, {})["OMP_NUM_THREADS"] == str(cores)
+    assert environment_of(1000, {"A": "b"})["OMP_NUM_THREADS"] == "1"
+    assert environment_of(1, {"OMP_NUM_THREADS": "3", "A": "b"})["OMP_NUM_THREADS"] == "3"
+    assert environment_of(1, {"A": "b"})["A"] == "b"
 
 
 def test_jobs_side_by_side_get_a_gpu_each() -> None:

@@ -1,6 +1,7 @@
-"""The example trainer with one fault, as ``VRPO_FAULT=WHAT:STEP:RANK`` says; ``skip`` does nothing at that step."""
+"""The example trainer with a fault, as ``VRPO_FAULT=WHAT:STEP:RANK`` says; ``skip`` does nothing at that step."""
 
 import os
+import signal
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ STEP, RANK = int(_STEP), int(_RANK)
 
 
 class FaultyTrainer(example.Trainer):
-    """Puts a NaN where it is told to."""
+    """Puts a NaN where it is told to, or sends itself signals (joined by +) in the middle of the step."""
 
     def _train_step(self, loader: Any) -> dict[str, Tensor]:
         if self.step != STEP:
@@ -21,7 +22,8 @@ class FaultyTrainer(example.Trainer):
             next(loader)
             return {name: torch.tensor(float(name == "skipped")) for name in self.metrics.names}
         here = self.accelerator.process_index == RANK
-        undo = getattr(self, f"_{WHAT}")() if here else lambda: None
+        fault = self._signals if WHAT.startswith("SIG") else getattr(self, f"_{WHAT}")
+        undo = fault() if here else lambda: None
         if WHAT == "latent" and here:
             batch = next(loader)
             batch["x0"][1, 0, 2, 3] = torch.nan
@@ -42,6 +44,17 @@ class FaultyTrainer(example.Trainer):
             return z
 
         self.encode = broken
+        return lambda: setattr(self, "encode", encode)
+
+    def _signals(self) -> Any:
+        encode = self.encode
+
+        def interrupted(images: Tensor) -> tuple[Tensor, ...]:
+            for name in WHAT.split("+"):
+                os.kill(os.getpid(), getattr(signal, name))
+            return encode(images)
+
+        self.encode = interrupted
         return lambda: setattr(self, "encode", encode)
 
     def _reward(self) -> Any:

@@ -325,6 +325,7 @@ def test_options_that_do_not_fit_the_data_are_refused(
 ) -> None:
     class Images:
         image_shape, latent_shape = shapes["image_shape"], shapes["latent_shape"]
+        num_classes = 10
 
         def __len__(self) -> int:
             return count

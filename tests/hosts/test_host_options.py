@@ -239,7 +239,6 @@ def test_values_that_do_not_parse(key: str, text: str, expected: str) -> None:
     [
         ("none.yaml", None),
         ("list.yaml", "- reward_coeff\n"),
-        ("empty.yaml", ""),
         ("word.yaml", "reward_coeff"),
         ("broken.yaml", "a: [1\n"),
         ("number.yaml", "1: 2\n"),

@@ -23,6 +23,7 @@ from vrpo_plugin.standalone.sources import (
     all_images,
     center_crop,
     open_source,
+    remarks_on,
 )
 
 
@@ -85,6 +86,10 @@ def write_repa(root, count=6, *, image_suffix=".png", batched=True):
 
 def stack(samples, positions):
     return torch.utils.data.default_collate([samples[p] for p in positions])
+
+
+def said(source):
+    return [remark.text for remark in remarks_on(source)]
 
 
 def same(a, b):
@@ -362,15 +367,9 @@ REPA_DAMAGE = [
     (lambda root: np.save(feature(root), np.zeros((8, 16, 16), np.float32)), feature, "(8, 32, 32) as in the first"),
     (lambda root: np.save(feature(root), np.zeros((7, 32, 32), np.float32)), feature, "(2C, H, W)"),
     (lambda root: np.save(feature(root), np.zeros((8, 32, 32), np.int64)), feature, "got int64"),
-    (lambda root: np.save(feature(root), np.array([{}]), allow_pickle=True), feature, "npy"),
-    (lambda root: np.savez(open(feature(root), "wb"), mu=np.ones(1)), feature, "an archive of several arrays"),  # noqa: SIM115
-    (lambda root: os.truncate(feature(root), 200), feature, "npy"),
-    (lambda root: os.truncate(feature(root), 0), feature, "npy"),
-    (lambda root: os.truncate(image(root), 90), image, "readable image"),
-    (lambda root: image(root).write_text("text"), image, "readable image"),
     (lambda root: write_image(image(root), rng_image(0, 16, 16)), image, "(3, 8, 8) as in the first"),
     (lambda root: write_image(image(root), rng_image(0, channels=1)), image, "got (1, 8, 8)"),
-    (lambda root: write_image(image(root), np.zeros((8, 8), np.uint16)), image, "8 bits"),
+    (lambda root: write_image(image(root), np.zeros((8, 8), np.uint16)), image, "got (1, 8, 8)"),
 ]
 
 
@@ -385,6 +384,117 @@ def test_bad_repa_data(tmp_path, damage, file, text):
     assert (str(file(root)) if callable(file) else file) in message
     assert "expected " in message
     assert ", got " in message
+
+
+UNREADABLE = [
+    (lambda root: np.save(feature(root), np.array([{}]), allow_pickle=True), feature),
+    (lambda root: np.savez(open(feature(root), "wb"), mu=np.ones(1)), feature),  # noqa: SIM115
+    (lambda root: os.truncate(feature(root), 200), feature),
+    (lambda root: os.truncate(feature(root), 0), feature),
+    (lambda root: os.truncate(image(root), 90), image),
+    (lambda root: image(root).write_text("text"), image),
+    (lambda root: Image.fromarray(np.ones((8, 8), np.float32)).save(image(root), format="tiff"), image),
+]
+
+
+@pytest.mark.parametrize(("damage", "file"), UNREADABLE)
+def test_an_unreadable_file_is_skipped_and_named(tmp_path, damage, file):
+    """In its place stands the next one; an evaluation's reference leaves it out."""
+    root = write_repa(tmp_path)
+    damage(root)
+    source = RepaSource(root)
+    assert source.remarks() == []
+    images, labels = all_images(source)
+    assert len(images) == 5 and labels.tolist() == [(5 * i) % 4 for i in (0, 1, 3, 4, 5)]
+    assert torch.equal(source.load(2)[0], source.load(3)[0]) and source.load(2)[2] == source.load(3)[2]
+    assert said(source) == [f"skipped 1 of 6 files that cannot be read: {file(root)}"]
+
+
+def test_unreadable_files_of_a_folder(tmp_path):
+    for i in range(8):
+        write_image(tmp_path / f"{i}.png", rng_image(i))
+    for i in (2, 3, 5, 7):
+        (tmp_path / f"{i}.png").write_bytes(b"" if i == 2 else b"text")
+    source = open_source(tmp_path, 8)
+    samples = TrainingSamples(source, seed=0)
+    loader = DataLoader(samples, batch_sampler=PositionBatchSampler(batch_size=4, num_batches=4), num_workers=2)
+    batches = list(loader)
+    assert len(batches) == 4
+    # The workers have met them, and this process says so: positions are the same as without workers.
+    (line,) = said(source)
+    names = ", ".join(str(tmp_path / f"{i}.png") for i in (2, 3, 5))
+    assert line == f"skipped 4 of 8 files that cannot be read: {names}, ..."
+    assert torch.equal(batches[0]["image"], stack(samples, range(4))["image"])
+    wrapped, first = source.load(7)[0], source.load(0)[0]
+    assert torch.equal(wrapped, first) and len(all_images(source)[0]) == 4
+
+
+def test_a_folder_of_which_nothing_can_be_read(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_text("text")
+    with pytest.raises(DataError, match=r"3 files in a row cannot be read; .*2\.png: expected a readable image"):
+        open_source(tmp_path, 8).load(0)
+
+
+def test_the_rotation_of_a_camera_is_applied(tmp_path):
+    pixels = rng_image(0, 8, 8)
+    for orientation, turned in ((6, np.rot90(pixels, -1)), (3, pixels[::-1, ::-1]), (2, pixels[:, ::-1])):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+        loaded = ImageFolderSource(tmp_path, 8).load(0)[0]
+        assert (loaded.numpy() == turned.transpose(2, 0, 1)).all(), orientation
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=b"Exif\0\0MM\0\x2a\xff\xff\xff\xff")  # damaged
+    assert (ImageFolderSource(tmp_path, 8).load(0)[0].numpy() == pixels.transpose(2, 0, 1)).all()
+
+
+def test_repa_pairs_keep_the_pixels_that_were_encoded(tmp_path):
+    root = write_repa(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(rng_image(2)).save(image(root), exif=exif)
+    assert (RepaSource(root).load(2)[0].numpy() == rng_image(2).transpose(2, 0, 1)).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_transparency_is_composed_on_white(tmp_path, mode):
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    pixels[:, :4, 3], pixels[:4, :, 3] = 255, 128
+    picture, path = Image.fromarray(pixels), tmp_path / "a.png"
+    if mode in ("P", "RGB"):  # one transparent colour
+        picture = Image.new("RGB", (8, 8), (255, 0, 0))
+        picture.paste((9, 8, 7), (4, 0, 8, 8))
+        options = {"transparency": (9, 8, 7)}
+        if mode == "P":
+            picture = picture.convert("P", palette=Image.Palette.ADAPTIVE, colors=2)
+            options = {"transparency": int(np.asarray(picture)[0, 7])}
+        picture.save(path, **options)
+        expected = np.full((8, 8, 3), 255)
+        expected[:, :4, 1:] = 0
+    else:
+        picture.convert(mode).save(path)
+        expected = np.repeat(255 - pixels[..., 3:].astype(int), 3, axis=2)
+    source = ImageFolderSource(tmp_path, 8)
+    assert np.abs(source.load(0)[0].numpy().astype(int) - expected.transpose(2, 0, 1)).max() <= 1
+    assert said(source) == [f"composed 1 of 1 files with transparency on white: {path}"]
+
+
+def test_opaque_alpha_changes_nothing(tmp_path):
+    opaque = Image.fromarray(rng_image(0))
+    opaque.putalpha(255)
+    opaque.save(tmp_path / "a.png")
+    source = ImageFolderSource(tmp_path, 8)
+    assert (source.load(0)[0].numpy() == rng_image(0).transpose(2, 0, 1)).all()
+    assert remarks_on(source) == []
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_16_bits_are_scaled(tmp_path, suffix):
+    pixels = np.random.default_rng(0).integers(0, 65536, (8, 8), dtype=np.uint16)
+    pixels[0, :2] = 0, 65535
+    Image.fromarray(pixels).save(tmp_path / f"a.{suffix}")
+    loaded = ImageFolderSource(tmp_path, 8, channels=1).load(0)[0][0].numpy()
+    assert (loaded == np.round(pixels / 257)).all() and loaded.max() == 255
 
 
 def test_bad_npy_image(tmp_path):
@@ -409,15 +519,6 @@ def test_bad_image_folders(tmp_path):
     for resolution, channels in ((0, 3), (8, 2)):
         with pytest.raises(ConfigError, match="1 or 3 channels"):
             ImageFolderSource(tmp_path, resolution, channels)
-
-
-def test_bad_image_is_named_from_a_worker(tmp_path):
-    write_image(tmp_path / "a.png", rng_image(0))
-    (tmp_path / "b.png").write_text("text")
-    samples = TrainingSamples(ImageFolderSource(tmp_path, 8), seed=0)
-    sampler = PositionBatchSampler(batch_size=2, num_batches=1)
-    with pytest.raises(DataError, match=r"b\.png: expected a readable image"):
-        list(DataLoader(samples, batch_sampler=sampler, num_workers=1))
 
 
 # Samples.

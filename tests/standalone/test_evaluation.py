@@ -22,10 +22,10 @@ from vrpo_plugin.standalone.evaluation import run_evaluation
 from vrpo_plugin.standalone.extractors import Extractor
 from vrpo_plugin.standalone.frechet import FeatureStatistics, frechet_distance
 from vrpo_plugin.standalone.image_sets import open_images
+from vrpo_plugin.standalone.images import center_crop
 from vrpo_plugin.standalone.metrics import kernel_distance
 from vrpo_plugin.standalone.precision_recall import precision_recall
 from vrpo_plugin.standalone.small_network import SmallFeatureNetwork, build_body, load_small_features
-from vrpo_plugin.standalone.sources import center_crop
 from vrpo_plugin.standalone.stamp import EvalSettings
 
 REPO = Path(__file__).resolve().parents[2]

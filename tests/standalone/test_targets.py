@@ -4,12 +4,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from vrpo_plugin.errors import ConfigError
+from vrpo_plugin.errors import ConfigError, DataError
 from vrpo_plugin.standalone.small_training import train_small_features
-from vrpo_plugin.standalone.sources import DigitsSource
+from vrpo_plugin.standalone.sources import ArraySource, DigitsSource
 from vrpo_plugin.standalone.targets import load_targets
 
 
@@ -30,3 +31,13 @@ def test_oblong_images_are_refused(name: str, shapes: Any) -> None:
     source: Any = SimpleNamespace(image_shape=shapes[0], latent_shape=shapes[1])
     with pytest.raises(ConfigError, match=r"(images|latents): expected squares"):
         load_targets(name, source)
+
+
+@pytest.mark.parametrize(("images", "classes"), [(6, 1), (6, 3), (100, 1)])
+def test_a_small_encoder_of_next_to_nothing_is_refused(images: int, classes: int, tmp_path: Path) -> None:
+    labels = np.arange(images) % classes
+    np.savez(tmp_path / "data.npz", images=np.zeros((images, 3, 8, 8), np.uint8), labels=labels)
+    cache = tmp_path / "run" / "encoder.safetensors"
+    with pytest.raises(DataError, match=rf"small encoder: expected at least 40 .* got {images} images in {classes}\."):
+        load_targets("small", ArraySource(tmp_path / "data.npz"), cache=cache)
+    assert not cache.parent.exists()

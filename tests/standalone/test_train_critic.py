@@ -1,15 +1,26 @@
 """``vrpo train-critic`` and the critic file that a run loads."""
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from fakes.host_folders import reset_accelerate
+from safetensors import safe_open
 
 from vrpo_plugin import CheckpointError, ConfigError, DataError, VRPOAligner, VRPOConfig
 from vrpo_plugin.cli import main
 from vrpo_plugin.modules.critic import LatentCritic, load_critic_weights
+from vrpo_plugin.standalone import train_critic as module
 from vrpo_plugin.standalone.sit import create_sit
 from vrpo_plugin.standalone.small_training import train_small_features
 from vrpo_plugin.standalone.sources import DigitsSource, all_images
@@ -125,6 +136,109 @@ def test_an_encoder_of_other_images_is_not_taken_by_chance(trained: Path, tmp_pa
         main(["train-critic", "--output", str(tmp_path / "critic.safetensors"), "--steps", "1", *OPTIONS])
     chosen = ["--enc-checkpoint", str(left)]
     main(["train-critic", "--output", str(tmp_path / "critic.safetensors"), "--steps", "1", *OPTIONS, *chosen])
+
+
+TINY = {"resolution": 8, "enc_type": "small", "critic_width": 16, "batch_size": 16, "num_workers": 0, "steps": 9}
+
+
+@pytest.fixture
+def _another_precision() -> Iterator[None]:
+    """Accelerate keeps the precision of a process's first accelerator."""
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
+def contents(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Weights and record of a critic."""
+    with safe_open(file, "pt") as opened:
+        record = json.loads(opened.metadata()["record"])
+        return {name: opened.get_tensor(name) for name in opened.keys()}, record  # noqa: SIM118  no mapping
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("encoder") / "small.safetensors"
+    train_small_features(*all_images(DigitsSource()), seed=0, steps=5).save(path)
+    return str(path)
+
+
+@pytest.mark.usefixtures("_another_precision")
+@pytest.mark.parametrize(("precision", "stop_at"), [("no", 4), ("no", 9), ("bf16", 5)])
+def test_a_stopped_training_resumes_bitwise(
+    precision: Any, stop_at: int, encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = CriticTraining(
+        output=str(tmp_path / "whole.safetensors"), enc_checkpoint=encoder, mixed_precision=precision, **TINY
+    )
+    train_critic(settings)
+    cut = replace(settings, output=str(tmp_path / "cut.safetensors"), checkpointing_steps=2)
+    with monkeypatch.context() as patch:
+        save = module._Training.save
+
+        def killed(self: Any) -> None:
+            save(self)
+            if self.step >= stop_at - 1:
+                raise KeyboardInterrupt
+
+        patch.setattr(module._Training, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_critic(cut)
+    assert not Path(cut.output).exists() and (tmp_path / "cut.checkpoints").is_dir()
+    with pytest.raises(ConfigError, match=r"cut\.checkpoints: expected no folder, .* Pass --resume"):
+        train_critic(cut)
+    with pytest.raises(ConfigError, match=r"learning_rate: 0\.001 then, 0\.002 now"):
+        train_critic(replace(cut, resume=True, learning_rate=0.002))
+    train_critic(replace(cut, resume=True))
+    (ours, record), (theirs, other) = contents(Path(cut.output)), contents(Path(settings.output))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and ours.keys() == theirs.keys()
+    assert record | {"output": ""} == other | {"output": ""} and record["mixed_precision"] == precision
+    assert not list(tmp_path.glob("*.checkpoints"))
+
+
+def test_the_small_encoder_of_a_stopped_training_is_found_again(
+    encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = load_targets("small", DigitsSource(), checkpoint=encoder)
+    cache = tmp_path / "critic.encoder.safetensors"
+    monkeypatch.setattr(module, "load_targets", lambda *a, cache, **k: (cache.write_bytes(b"x"), made)[1])
+    monkeypatch.setattr(module._Training, "train", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    settings = CriticTraining(output=str(tmp_path / "critic.safetensors"), **TINY)
+    with pytest.raises(KeyboardInterrupt):
+        train_critic(settings)
+    assert cache.exists()
+    monkeypatch.setattr(module._Training, "train", lambda self: None)
+    train_critic(replace(settings, resume=True))
+    assert Path(settings.output).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_ends_the_command_with_a_checkpoint_that_resumes_bitwise(
+    processes: int, encoder: str, tmp_path: Path
+) -> None:
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    launcher += ["--multi_gpu", "--main_process_port", str(29500 + os.getpid() % 2000)] if processes > 1 else []
+    options = [*OPTIONS, "--steps", "200", "--enc-checkpoint", encoder]
+    command = [*launcher, "-m", "vrpo_plugin.cli", "train-critic", *options, "--output"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    subprocess.run([*command, str(tmp_path / "whole.safetensors")], env=environment, check=True, timeout=300)
+    cut = [*command, str(tmp_path / "cut.safetensors"), "--checkpointing-steps", "10"]
+    process = subprocess.Popen(
+        cut, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    checkpoints, deadline = tmp_path / "cut.checkpoints", time.monotonic() + 200
+    while not list(checkpoints.glob("0000[0-1][1-9]0")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGTERM)
+    said, errors = process.communicate(timeout=100)
+    assert process.returncode != 0
+    (stopped,) = re.findall(r"stopped by SIGTERM after step (\d+), with a checkpoint", said)
+    assert max(path.name for path in checkpoints.iterdir()) == f"{int(stopped):07d}", errors
+    subprocess.run([*cut, "--resume"], env=environment, check=True, timeout=300)
+    ours, theirs = (contents(tmp_path / f"{name}.safetensors")[0] for name in ("cut", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.slow

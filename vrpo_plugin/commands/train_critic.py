@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from dataclasses import MISSING, fields
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", *, wanted: bool) -> None:
@@ -11,25 +10,16 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", *, want
         "train-critic",
         help="pretrain a critic",
         description="Pretrains a critic from images or REPA's cached latents and a frozen encoder. On several GPUs: "
-        "accelerate launch -m vrpo_plugin.cli train-critic ... Use it by critic_checkpoint=, frozen by "
-        "critic_trainable=False.",
+        "accelerate launch -m vrpo_plugin.cli train-critic ... SIGTERM, SIGINT and SIGUSR1 end it with a checkpoint, "
+        "and --resume goes on. Use the critic by critic_checkpoint=, frozen by critic_trainable=False.",
     )
     command.set_defaults(run=_train_critic)
     if not wanted:
         return
+    from vrpo_plugin.settings import add_flags
     from vrpo_plugin.standalone.train_critic import CriticTraining
 
-    for f in fields(CriticTraining):
-        kind = {int: int, float: float}.get(f.type, str)  # type: ignore[arg-type]
-        required = f.default is MISSING
-        text = "file to write" if required else f"default: {f.default}"
-        command.add_argument(
-            "--" + f.name.replace("_", "-"),
-            type=kind,
-            required=required,
-            default=None if required else f.default,
-            help=text,
-        )
+    add_flags(command, CriticTraining)
 
 
 def _train_critic(**settings: object) -> None:

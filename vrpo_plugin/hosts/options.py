@@ -2,13 +2,14 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from vrpo_plugin.config import VRPOConfig, check_keys
 from vrpo_plugin.errors import ConfigError
+from vrpo_plugin.settings import read_mapping
 
 PREFIX = "VRPO_"
 DEFAULT_ENCODER = "dinov2-vit-b"
@@ -106,7 +107,7 @@ def resolve_settings(
     }
     settings: dict[str, Any] = {}
     for source, values in (
-        (file, _read(Path(file)) if file else {}),
+        (file, read_mapping(file, "a YAML or JSON mapping of VRPO settings") if file else {}),
         ("environment", variables),
         ("given", given or {}),
     ):
@@ -145,24 +146,3 @@ def parse_value(text: str) -> Any:
     if "," in text:
         return [parse_value(part.strip()) for part in text.split(",") if part.strip()]
     return text.strip()
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    errors: tuple[type[Exception], ...] = (OSError, ValueError)
-    load: Callable[[str], Any] = json.loads
-    if path.suffix != ".json":
-        import yaml
-
-        load, errors = yaml.safe_load, (*errors, yaml.YAMLError)
-    try:
-        settings = load(path.read_text("utf-8"))
-    except errors as error:
-        raise _bad_file(path, repr(error)) from error
-    if not isinstance(settings, Mapping) or not all(isinstance(key, str) for key in settings):
-        raise _bad_file(path, repr(settings)[:200])
-    return settings
-
-
-def _bad_file(path: Path, got: str) -> ConfigError:
-    do = "Write one 'key: value' a line, or JSON."
-    return ConfigError(str(path), expected="a YAML or JSON mapping of VRPO settings", got=got, do=do)

@@ -15,7 +15,8 @@ from torch.utils.data import Dataset, Sampler
 
 from vrpo_plugin.errors import ConfigError
 from vrpo_plugin.functional.interpolant import PATH_TYPES, PathType
-from vrpo_plugin.standalone.sources import Source, data_error
+from vrpo_plugin.standalone.source_files import data_error
+from vrpo_plugin.standalone.sources import Source
 
 TimeSampling = Literal["uniform", "lognormal"]
 TIME_SAMPLINGS: tuple[str, ...] = get_args(TimeSampling)

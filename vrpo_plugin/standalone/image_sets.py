@@ -12,7 +12,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from vrpo_plugin.standalone.sources import _FileList, _names_below, _open_image, _to_tensor, center_crop, data_error
+from vrpo_plugin.standalone.images import center_crop, open_image, to_tensor
+from vrpo_plugin.standalone.source_files import FileList, data_error, names_below
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 SAMPLES_RECORD = "samples.json"  # beside the samples: how they were made
@@ -43,8 +44,8 @@ class FolderImages:
 
     def __init__(self, root: str | os.PathLike[str], resolution: int | None = None) -> None:
         root, self._crops = Path(root), resolution is not None
-        self._files = _FileList(root, _names_below(root, IMAGE_ENDINGS))
-        self.resolution = _open_image(self._files.path(0)).width if resolution is None else resolution
+        self._files = FileList(root, names_below(root, IMAGE_ENDINGS))
+        self.resolution = open_image(self._files.path(0)).image.width if resolution is None else resolution
         if not self._crops:
             self[0]
 
@@ -58,14 +59,14 @@ class FolderImages:
             DataError: the file cannot be read, or has another size than the first, or is not square.
         """
         path, side = self._files.path(index), self.resolution
-        image = _open_image(path).convert("RGB")
+        image = open_image(path).image.convert("RGB")
         if self._crops:
             image = center_crop(image, side)
         elif image.size != (side, side):
             expected = f"{side}x{side} pixels, square and as the first of them"
             do = "Remove what is no sample; samples of another size are not resized."
             raise data_error(path, expected, f"{image.width}x{image.height}", do)
-        return _to_tensor(np.array(image))
+        return to_tensor(image)
 
 
 class ArrayImages:
@@ -120,7 +121,7 @@ def open_images(path: str | os.PathLike[str], resolution: int | None = None) -> 
     path = Path(path)
     if path.is_dir():
         inside = sorted(path.glob("*.npz"))
-        if len(inside) != 1 or _names_below(path, IMAGE_ENDINGS):
+        if len(inside) != 1 or names_below(path, IMAGE_ENDINGS):
             return FolderImages(path, resolution)
         path = inside[0]
     elif path.suffix != ".npz":

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +15,9 @@ from vrpo_plugin.errors import CheckpointError, ConfigError, NonFiniteError
 from vrpo_plugin.files import write_file
 from vrpo_plugin.standalone.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from vrpo_plugin.standalone.evaluate import EvalProtocol, EvalResult
+from vrpo_plugin.standalone.stopping import Agreement
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
+DATA = "data_fingerprint"  # the setting that no option gives
 ENCODER_PREFIX = "encoder-"  # of the file in the run's folder that keeps a small encoder
 
 
@@ -56,23 +55,24 @@ class RunFolder:
         found = self.path.iterdir() if self.path.exists() else ()
         if all(entry.name.startswith(ENCODER_PREFIX) for entry in found):
             return
-        if not self.resume or not recorded.exists():
+        former = json.loads(recorded.read_text(encoding="utf-8"))["settings"] if recorded.exists() else None
+        unlike = {} if former is None else {key: former.get(key) for key in self.settings if self._changed(key, former)}
+        options = " ".join(as_option(key, value) for key, value in unlike.items() if key != DATA)
+        if not self.resume or former is None:
+            do = f"pass --resume {options}".rstrip() + " to go on with that run"
             raise ConfigError(
                 str(self.path),
                 expected="a new or empty folder",
                 got="another run's files",
-                do="Choose another --exp-name, or pass --resume to go on with that run.",
+                do=f"Choose another --exp-name{'' if former is None or DATA in unlike else f', or {do}'}.",
             )
-        former = json.loads(recorded.read_text(encoding="utf-8"))["settings"]
-        unlike = [
-            f"{key}: {former.get(key)!r} then, {value!r} now"
-            for key, value in self.settings.items()
-            if key not in self.free and former.get(key) != value
-        ]
         if unlike:
-            raise ConfigError(
-                str(self.path), expected="the settings that the run began with", got="; ".join(unlike), do="Use them."
-            )
+            got = "; ".join(f"{key}: {value!r} then, {self.settings[key]!r} now" for key, value in unlike.items())
+            do = f"Pass {options}." if options else "Point --data-dir at the data that the run began with."
+            raise ConfigError(str(self.path), expected="the settings that the run began with", got=got, do=do)
+
+    def _changed(self, key: str, former: Mapping[str, Any]) -> bool:
+        return key not in self.free and bool(former.get(key) != self.settings[key])
 
     def start(self) -> None:
         """Makes the folder and writes config.json; called when all parts are built, so a failed start leaves none."""
@@ -131,6 +131,18 @@ class RunFolder:
         write_file(self.path / "curves.png", draw(read_runs([self.path])))
 
 
+def as_option(key: str, value: Any) -> str:
+    """A setting of config.json as it is written on the command line."""
+    name = key.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    if value is None:
+        return f"(no --{name})"
+    if isinstance(value, Mapping):
+        value = [f"{one}={share}" for one, share in value.items()]
+    return f"--{name} {','.join(map(str, value)) if isinstance(value, list) else value}"
+
+
 def _has_protocol(path: Path, protocol: EvalProtocol) -> bool:
     try:
         return EvalResult.from_json(path.read_text(encoding="utf-8")).protocol == protocol
@@ -141,8 +153,8 @@ def _has_protocol(path: Path, protocol: EvalProtocol) -> bool:
 class MetricBuffer:
     """Keeps every step's metrics on the device and brings them to the host in one transfer per flush."""
 
-    def __init__(self, accelerator: "Accelerator") -> None:
-        self.accelerator = accelerator
+    def __init__(self, agreement: Agreement) -> None:
+        self.agreement = agreement
         self.rows: list[tuple[int, float, Tensor]] = []
         self.names: tuple[str, ...] = ()
 
@@ -152,12 +164,16 @@ class MetricBuffer:
         self.rows.append((step, seconds, torch.stack([m.detach().float() for m in metrics.values()])))
 
     def flush(self) -> list[dict[str, float | int | None]]:
-        """The rows since the last flush, averaged over processes; NaN becomes None."""
+        """The rows since the last flush, averaged over processes, which agree on the way whether to stop.
+
+        NaN becomes None.
+        """
         if not self.rows:
             return []
-        values = self.accelerator.reduce(torch.stack([v for _, _, v in self.rows]), reduction="mean")
+        values = torch.stack([v for _, _, v in self.rows])
+        means = self.agreement.exchange(self.rows[-1][0], values, [seconds for _, seconds, _ in self.rows])
         rows: list[dict[str, float | int | None]] = []
-        for (step, seconds, _), row in zip(self.rows, values.tolist(), strict=True):
+        for (step, seconds, _), row in zip(self.rows, means.tolist(), strict=True):
             numbers = {n: v if math.isfinite(v) else None for n, v in zip(self.names, row, strict=True)}
             rows.append({"step": step, **numbers, "seconds": round(seconds, 4)})
         self.rows.clear()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vrpo_plugin.config import check_keys
 from vrpo_plugin.errors import ConfigError, ShapeError
+from vrpo_plugin.standalone.progress import progress
 from vrpo_plugin.standalone.small_network import (
     ARCHITECTURES,
     Architecture,
@@ -35,6 +36,7 @@ class SmallTraining:
         learning_rate: the highest.
         held_out: share of the images kept back to measure ``accuracy``, in (0, 1).
         device: where to train; the network stays there.
+        show: what the bar is called; None shows none.
     """
 
     seed: int
@@ -45,6 +47,7 @@ class SmallTraining:
     learning_rate: float = 4e-3
     held_out: float = 0.1
     device: str | torch.device = "cpu"
+    show: str | None = "small network"
 
 
 def train_small_features(images: Tensor, labels: Tensor, **settings: Any) -> SmallFeatureNetwork:
@@ -168,7 +171,8 @@ def _train(
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, training.learning_rate, total_steps=training.steps)
     with torch.enable_grad():
-        for _ in range(training.steps):
+        shown = training.show is not None
+        for _ in progress(range(training.steps), training.show or "", unit="step", enabled=shown):
             index = train[torch.randint(len(train), (training.batch_size,), generator=generator)]
             pixels = _shift(images[index.to(images.device)], resolution // 8, generator)
             optimizer.zero_grad()

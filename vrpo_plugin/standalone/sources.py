@@ -5,9 +5,9 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,12 +15,22 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from vrpo_plugin.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from PIL import Image
+from vrpo_plugin.errors import ConfigError
+from vrpo_plugin.standalone.images import UnreadableError, center_crop, open_image, to_tensor
+from vrpo_plugin.standalone.progress import progress
+from vrpo_plugin.standalone.source_files import (
+    FileFlags,
+    FileList,
+    OfFiles,
+    Remark,
+    data_error,
+    entries_of,
+    evenly_spaced,
+    names_below,
+)
 
 Shape = tuple[int, ...]
+MANY = 2000  # images that may take longer to read than one waits without a bar
 
 
 class Source(Protocol):
@@ -84,7 +94,7 @@ class DigitsSource(_InMemory):
         self.latent_shape: Shape = self.image_shape
 
 
-class ImageFolderSource:
+class ImageFolderSource(OfFiles):
     """Class folders as ``torchvision.datasets.ImageFolder`` reads them, or one flat folder as one class.
 
     Args:
@@ -106,7 +116,7 @@ class ImageFolderSource:
             expected = "a positive resolution and 1 or 3 channels"
             raise ConfigError("images", expected=expected, got=got, do="Correct the setting.")
         root = Path(root)
-        entries = _entries(root)
+        entries = entries_of(root)
         names = sorted(e.name for e in entries if e.is_file() and e.name.lower().endswith(IMG_EXTENSIONS))
         labels, self.num_classes = [0] * len(names), 1
         if any(entry.is_dir() for entry in entries):
@@ -120,17 +130,17 @@ class ImageFolderSource:
             prefix = len(os.path.join(root, ""))
             names, labels = [path[prefix:] for path, _ in folder.samples], folder.targets
             self.num_classes = len(folder.classes)
-        self._files, self._labels = _FileList(root, names), np.array(labels, np.int64)
+        self._files, self._labels = FileList(root, names), np.array(labels, np.int64)
+        self._flags = FileFlags(len(names))
         self.image_shape: Shape = (channels, resolution, resolution)
         self.latent_shape: Shape = self.image_shape
 
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def load(self, index: int) -> tuple[Tensor, Tensor | None, int]:
-        """See :meth:`Source.load`."""
-        image = _open_image(self._files.path(index)).convert("RGB" if self.image_shape[0] == 3 else "L")
-        return _to_tensor(np.array(center_crop(image, self.image_shape[1]))), None, int(self._labels[index])
+    def _read(self, index: int) -> tuple[Tensor, Tensor | None, int]:
+        image, composed = open_image(self._files.path(index))
+        if composed:
+            self._flags.set(index, FileFlags.COMPOSED)
+        image = center_crop(image.convert("RGB" if self.image_shape[0] == 3 else "L"), self.image_shape[1])
+        return to_tensor(image), None, int(self._labels[index])
 
     def fingerprint(self) -> str:
         """See :meth:`Source.fingerprint`."""
@@ -160,7 +170,7 @@ class ArraySource(_InMemory):
         self.latent_shape: Shape = self.image_shape
 
 
-class RepaSource:
+class RepaSource(OfFiles):
     """REPA's layout: ``images/**`` (images or npy), ``vae-sd/**.npy``, labels in ``vae-sd/dataset.json``.
 
     Images and features are paired by their sorted names, as REPA pairs them; names need not be equal.
@@ -179,25 +189,27 @@ class RepaSource:
 
         Image.init()
         images, features = Path(root) / "images", Path(root) / "vae-sd"
-        self._images = _FileList(images, _names_below(images, (*Image.EXTENSION, ".npy")))
-        names = _names_below(features, (".npy",))
-        self._features = _FileList(features, names)
-        if len(self._images) != len(self._features):
-            got = f"{len(self._images)} images and {len(self._features)} features"
+        self._files = FileList(images, names_below(images, (*Image.EXTENSION, ".npy")))
+        names = names_below(features, (".npy",))
+        self._features = FileList(features, names)
+        if len(self._files) != len(self._features):
+            got = f"{len(self._files)} images and {len(self._features)} features"
             raise data_error(Path(root), "as many images as features", got, "Encode the images again.")
         self._labels = _read_labels(features / "dataset.json", names)
         self.num_classes = int(self._labels.max()) + 1
-        self.image_shape: Shape = tuple(_read_image(self._images.path(0)).shape)
+        self.image_shape: Shape = tuple(_read_image(self._files.path(0)).shape)
         channels, *sides = _read_moments(self._features.path(0)).shape
         self.latent_shape: Shape = (channels // 2, *sides)
+        self._flags = FileFlags(len(names))
 
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def load(self, index: int) -> tuple[Tensor, Tensor | None, int]:
-        """See :meth:`Source.load`."""
-        image_path, feature_path = self._images.path(index), self._features.path(index)
-        image, moments = _read_image(image_path), _read_moments(feature_path)
+    def _read(self, index: int) -> tuple[Tensor, Tensor | None, int]:
+        image_path, feature_path = self._files.path(index), self._features.path(index)
+        image = _read_image(image_path)
+        try:
+            moments = _read_moments(feature_path)
+        except UnreadableError:
+            self._flags.set(index, FileFlags.LATENT)
+            raise
         channels, *sides = self.latent_shape
         for path, tensor, shape in (
             (image_path, image, self.image_shape),
@@ -208,9 +220,12 @@ class RepaSource:
                 raise data_error(path, f"{shape} as in the first file", tuple(tensor.shape), do)
         return image, moments, int(self._labels[index])
 
+    def _named(self, index: int) -> Path:
+        return (self._features if index in self._flags.indices(FileFlags.LATENT) else self._files).path(index)
+
     def fingerprint(self) -> str:
         """See :meth:`Source.fingerprint`."""
-        return _digest([*self._images.parts(), *self._features.parts(), self._labels.tobytes()])
+        return _digest([*self._files.parts(), *self._features.parts(), self._labels.tobytes()])
 
 
 def open_source(data_dir: str | Path | None, resolution: int | None = None) -> Source:
@@ -233,7 +248,7 @@ def open_source(data_dir: str | Path | None, resolution: int | None = None) -> S
     root = Path(data_dir)
     if root.suffix == ".npz":
         return _of_resolution(ArraySource(root), root, resolution)
-    _entries(root)
+    entries_of(root)
     if (root / "vae-sd").is_dir():
         return _of_resolution(RepaSource(root), root / "images", resolution)
     if resolution is None:
@@ -250,7 +265,7 @@ def _of_resolution(source: Source, where: Path, resolution: int | None) -> Sourc
 
 
 def all_images(source: Source, limit: int | None = None) -> tuple[Tensor, Tensor]:
-    """All images of a source in one tensor, for evaluation.
+    """All images of a source in one tensor, for evaluation; files that cannot be read are left out.
 
     Args:
         source: see :class:`Source`.
@@ -264,74 +279,12 @@ def all_images(source: Source, limit: int | None = None) -> tuple[Tensor, Tensor
     """
     if limit is not None and limit < 1:
         raise ConfigError("limit", expected="a positive number", got=limit, do="Pass None for all.")
-    items = [source.load(index) for index in _evenly_spaced(len(source), limit or len(source))]
+    indices = evenly_spaced(len(source), limit or len(source))
+    bar = progress(indices, "reading images", unit="image", enabled=len(indices) >= MANY)
+    items = [source.load(index) for index in bar]
+    if unreadable := {*getattr(source, "unreadable", list)()}:  # another one stood in for it
+        items = [item for index, item in zip(indices, items, strict=True) if index not in unreadable] or items
     return torch.stack([image for image, _, _ in items]), torch.tensor([label for _, _, label in items])
-
-
-def center_crop(image: "Image.Image", size: int) -> "Image.Image":
-    """Halves by box filter while the short side is at least twice ``size``, resizes bicubically, crops.
-
-    Args:
-        image: of 8 bits per channel.
-        size: side of the result in pixels.
-
-    Returns:
-        The centre, ``size`` x ``size``.
-
-    Source: ADM, openai/guided-diffusion@8fb3ad9:guided_diffusion/image_datasets.py.
-    """
-    from PIL.Image import Resampling
-
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-class _FileList:
-    """Relative names under a folder, in one array: reference counts of a list of strings would copy the list
-    into every worker.
-    """
-
-    def __init__(self, root: Path, names: Sequence[str]) -> None:
-        if not names:
-            raise data_error(root, "images or npy files", "none", "Point at the folder that holds the data.")
-        self._root, self._names = root, np.array([os.fsencode(name) for name in names])
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def path(self, index: int) -> Path:
-        return self._root / os.fsdecode(self._names[index])
-
-    def parts(self) -> list[bytes]:
-        # One stat per file would take minutes on a network file system.
-        sizes = [self.path(index).stat().st_size for index in _evenly_spaced(len(self), 1000)]
-        return [b"\0".join(self._names.tolist()), repr(sizes).encode()]
-
-
-def _evenly_spaced(count: int, limit: int) -> list[int]:
-    taken = min(count, limit)
-    return [i * count // taken for i in range(taken)]
-
-
-def _entries(root: Path) -> list[os.DirEntry[str]]:
-    try:
-        return list(os.scandir(root))
-    except OSError as error:
-        raise data_error(root, "a readable folder", error.strerror, "Check the path.") from error
-
-
-def _names_below(root: Path, extensions: Sequence[str]) -> list[str]:
-    _entries(root)
-    names = []
-    for folder, _, files in os.walk(root):
-        prefix = os.path.relpath(folder, root)
-        kept = [name for name in files if os.path.splitext(name)[1].lower() in extensions]
-        names += kept if prefix == os.curdir else [os.path.join(prefix, name) for name in kept]
-    return sorted(names)
 
 
 def _read_labels(path: Path, names: Sequence[str]) -> np.ndarray:
@@ -347,23 +300,9 @@ def _read_labels(path: Path, names: Sequence[str]) -> np.ndarray:
     return np.array(values, np.int64)
 
 
-def _open_image(path: Path) -> "Image.Image":
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise data_error(path, "a readable image", error, "Replace or remove the file.") from error
-    if image.mode.startswith(("I", "F")):
-        raise data_error(path, "8 bits per channel", f"mode {image.mode}", "Convert the image to 8 bits.")
-    return image
-
-
 def _read_image(path: Path) -> Tensor:
     if path.suffix.lower() != ".npy":
-        image = _open_image(path)
-        return _to_tensor(np.array(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")))
+        return to_tensor(open_image(path, as_shown=False).image)  # as the latents beside it were encoded
     array = _read_array(path)
     if array.dtype != np.uint8 or array.ndim < 2:
         raise data_error(path, "uint8 (C, H, W)", f"{array.dtype} {array.shape}", "Convert the file.")
@@ -389,7 +328,8 @@ def _read_array(path: Path) -> np.ndarray:
             raise ValueError("an archive of several arrays")
         return array
     except (OSError, ValueError, EOFError) as error:
-        raise data_error(path, "a readable npy file", error, "Replace or remove the file.") from error
+        do = "Replace or remove the file."
+        raise UnreadableError(str(path), expected="a readable npy file", got=error, do=do) from error
 
 
 def _read_npz(path: Path, name: str) -> np.ndarray:
@@ -401,10 +341,6 @@ def _read_npz(path: Path, name: str) -> np.ndarray:
         raise data_error(path, f"an npz file with an array {name!r}", error, "Write it with numpy.savez.") from error
 
 
-def _to_tensor(pixels: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)))
-
-
 def _digest(parts: Sequence[bytes]) -> str:
     digest = hashlib.sha256()
     for part in parts:
@@ -412,6 +348,7 @@ def _digest(parts: Sequence[bytes]) -> str:
     return digest.hexdigest()[:16]
 
 
-def data_error(where: str | Path, expected: object, got: object, do: str) -> DataError:
-    """A DataError that names the file or folder."""
-    return DataError(str(where), expected=expected, got=got, do=do)
+def remarks_on(source: Source) -> list[Remark]:
+    """What there is to say of the files that a source has read so far; of a source without files, nothing."""
+    remarks: Callable[[], list[Remark]] = getattr(source, "remarks", list)
+    return remarks()

@@ -6,13 +6,14 @@ from typing import Any
 import torch
 
 from vrpo_plugin.encoders import Targets, identify, load_encoders
-from vrpo_plugin.errors import ConfigError
+from vrpo_plugin.errors import ConfigError, DataError
 from vrpo_plugin.standalone.data import LATENTS_SCALE
 from vrpo_plugin.standalone.sources import Source, all_images
 
 SMALL = "small"
 SMALL_SEED = 0  # fixed, so that runs of all seeds and methods share the encoder
 SMALL_IMAGES = 20_000
+FEWEST_IMAGES, FEWEST_CLASSES = 40, 2  # as train-critic wants at least: fewer give features of nothing
 
 
 def load_targets(
@@ -36,6 +37,7 @@ def load_targets(
 
     Raises:
         ConfigError: the source's images are no squares, or the small encoder was trained on others.
+        DataError: too few images or classes to train the small encoder on.
         ConfigError, WeightsNotFoundError, CheckpointError: as ``load_encoders`` and ``load_small_features``.
     """
     for name, shape in {"images": source.image_shape, "latents": source.latent_shape}.items():
@@ -65,7 +67,9 @@ def load_targets(
     elif cache is not None and cache.exists():
         small = load_small_features(cache)
     else:
-        small = train_small_features(*all_images(source, SMALL_IMAGES), seed=SMALL_SEED)
+        check_small(source)
+        images, labels = all_images(source, SMALL_IMAGES)
+        small = train_small_features(images, labels, seed=SMALL_SEED, show="small encoder")
         if cache is not None:
             cache.parent.mkdir(parents=True, exist_ok=True)
             small.save(cache)
@@ -79,3 +83,21 @@ def load_targets(
     small = small.to(device)
     name = small.name
     return Targets((small.token_dim,), small.grid, lambda images: (small.tokens(images),), lambda: name, **of_data)
+
+
+def check_small(source: Source, what: str = "small encoder", instead: str = "--enc-type dinov2-vit-b") -> None:
+    """Refuses to train a small network on the classes of data that has next to none.
+
+    Args:
+        source: the images.
+        what: of the network.
+        instead: the option that names a pretrained one.
+
+    Raises:
+        DataError: too few images or classes.
+    """
+    if len(source) < FEWEST_IMAGES or source.num_classes < FEWEST_CLASSES:
+        expected = f"at least {FEWEST_IMAGES} images in at least {FEWEST_CLASSES} classes, to train it on"
+        got = f"{len(source)} images in {source.num_classes}"
+        do = f"Add images, a folder for each class, or take a pretrained network ({instead})."
+        raise DataError(what, expected=expected, got=got, do=do)

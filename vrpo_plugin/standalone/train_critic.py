@@ -1,25 +1,37 @@
 """Pretraining a critic: at a host's small learning rate an online critic learns slowly."""
 
 import math
+import shutil
 import tempfile
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from vrpo_plugin.config import VRPOConfig
 from vrpo_plugin.errors import ConfigError, DataError
 from vrpo_plugin.functional.rewards import semantic_reward
 from vrpo_plugin.modules.critic import LatentCritic, save_critic
+from vrpo_plugin.settings import check_kinds
+from vrpo_plugin.standalone.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from vrpo_plugin.standalone.data import PositionBatchSampler, TrainingSamples
+from vrpo_plugin.standalone.phases import Phase, Remarks, describe_source
+from vrpo_plugin.standalone.progress import progress
 from vrpo_plugin.standalone.sources import Source, open_source
+from vrpo_plugin.standalone.stopping import Agreement, StopSignals, WorkerSignals
 from vrpo_plugin.standalone.targets import SMALL, load_targets
+from vrpo_plugin.standalone.training import load_states, whole_states
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 HELD_OUT_EVERY = 20
+EXCHANGE_EVERY = 50  # steps, at most
+FREE_ON_RESUME = frozenset({"resume", "checkpointing_steps", "num_workers", "data_dir", "output", "enc_checkpoint"})
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,9 @@ class CriticTraining:
         learning_rate: highest of a one-cycle schedule.
         num_workers: data loader processes per rank.
         seed: of everything random.
+        mixed_precision: ``no``, ``fp16`` or ``bf16``; None is what ``accelerate launch`` says, else ``no``.
+        checkpointing_steps: steps between checkpoints, which lie in a folder beside the output until it is written.
+        resume: go on from the newest checkpoint, or start.
     """
 
     output: str
@@ -51,6 +66,9 @@ class CriticTraining:
     learning_rate: float = 1e-3
     num_workers: int = 4
     seed: int = 0
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    checkpointing_steps: int = 1000
+    resume: bool = False
 
 
 class Part:
@@ -86,73 +104,215 @@ def train_critic(settings: CriticTraining) -> dict[str, Any]:
     """Trains a critic by cosine regression on clean latents (equation 15), writes it, and returns its record.
 
     Runs on one process or under ``accelerate launch``, with a progress bar that shows the agreement on held-out
-    images, the mean cosine in [-1, 1].
+    images, the mean cosine in [-1, 1]. A resumed training gives the same bits.
 
     Raises:
-        ConfigError: the output file exists, cannot be written, or has an earlier encoder beside it; or a setting is
-            out of range.
+        ConfigError: the output file exists, cannot be written, or has an earlier encoder or checkpoints beside it; a
+            resumed training had other settings; or a setting is out of range.
         DataError: fewer images than one batch and its held-out part need.
+        SystemExit: a signal stopped it; there is a checkpoint of the step that was being made.
     """
     from accelerate import Accelerator
 
     output = Path(settings.output)
-    cache = output.with_suffix(".encoder.safetensors")
-    _check(settings, output, cache)
-    source = open_source(settings.data_dir, settings.resolution)
+    _check(settings, output)
+    accelerator = Accelerator(mixed_precision=settings.mixed_precision)
+    with Phase("data", enabled=accelerator.is_main_process) as phase:
+        source = open_source(settings.data_dir, settings.resolution)
+        phase.made = describe_source(source)
     if len(source) < 2 * HELD_OUT_EVERY:
         raise DataError("data", expected=f"at least {2 * HELD_OUT_EVERY} images", got=len(source), do="Add images.")
-    accelerator = Accelerator()
     _loader(settings, source, accelerator)  # refuses a batch that cannot be shared out
+    run = _Training(settings, source, accelerator)
     accelerator.wait_for_everyone()  # every process has looked before the first one writes
     if accelerator.is_main_process:
         _try_to_write(output)
-    with accelerator.main_process_first():
-        targets = load_targets(
-            settings.enc_type, source, checkpoint=settings.enc_checkpoint, cache=cache, device=accelerator.device
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        channels, height, side = source.latent_shape
-        critic = LatentCritic((channels, height, side), targets.dims, targets.grid, width=settings.critic_width)
-    optimizer = torch.optim.AdamW(critic.parameters(), lr=settings.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=settings.steps)
-    model, optimizer = accelerator.prepare(critic, optimizer)
-    loader = _loader(settings, Part(source, held_out=False), accelerator)
-    held_out = Part(source, held_out=True)
-    bar = tqdm(loader, total=settings.steps, desc="critic", disable=not accelerator.is_local_main_process)
-    agreement = float("nan")
-    for step, batch in enumerate(bar, start=1):
-        x0, images = batch["x0"].to(accelerator.device), batch["image"].to(accelerator.device)
-        cosine = semantic_reward(model(x0).tokens, targets.encode(images)).mean()
-        accelerator.backward(1 - cosine)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % max(1, settings.steps // 10) == 0 or step == settings.steps:
-            agreement = _agreement(critic, held_out, targets.encode, settings, accelerator.device)
-            bar.set_postfix(train=f"{cosine.item():.3f}", held_out=f"{agreement:.3f}")
-    made_for = replace(targets.critic_purpose(), target_norm="none")
-    record = {**asdict(settings), "held_out_cosine": agreement, "data_fingerprint": source.fingerprint()}
-    record["made_for"] = asdict(made_for)
+    run.build()
+    run.train()
+    record = {k: v for k, v in asdict(settings).items() if k not in ("resume", "checkpointing_steps")}
+    record |= {"held_out_cosine": run.agreement_on_held_out(), "data_fingerprint": source.fingerprint()}
+    record["made_for"] = asdict(replace(run.targets.critic_purpose(), target_norm="none"))
     if accelerator.is_main_process:
-        save_critic(critic, output, record=record)
+        save_critic(run.critic, output, record=record)
+        shutil.rmtree(run.checkpoints)
     accelerator.end_training()
     return record
 
 
-def _check(settings: CriticTraining, output: Path, cache: Path) -> None:
+class _Training:
+    """Critic, encoder, optimizer and schedule of one training, and its checkpoints."""
+
+    def __init__(self, settings: CriticTraining, source: Source, accelerator: "Accelerator") -> None:
+        self.settings, self.source, self.accelerator = settings, source, accelerator
+        self.signals = StopSignals(say=accelerator.is_main_process)
+        self.checkpoints = checkpoints_of(Path(settings.output))
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        self.remarks = Remarks(source, "data" if processes == 1 else f"data (process {rank})")
+        self.recorded = {k: v for k, v in asdict(settings).items() if k not in FREE_ON_RESUME}
+        self.recorded |= {"data_fingerprint": source.fingerprint(), "precision": accelerator.mixed_precision}
+        del self.recorded["mixed_precision"]
+        self.found = self._find()
+
+    def _find(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+        newest = latest_checkpoint(self.checkpoints)
+        found = None if newest is None else load_checkpoint(newest)
+        former = self.recorded if found is None else found[1]["settings"]
+        unlike = [f"{k}: {former.get(k)!r} then, {v!r} now" for k, v in self.recorded.items() if former.get(k) != v]
+        if unlike:
+            expected, do = "the settings that the training began with", "Use them, or remove that folder."
+            raise ConfigError(str(self.checkpoints), expected=expected, got="; ".join(unlike), do=do)
+        return found
+
+    def build(self) -> None:
+        settings, accelerator = self.settings, self.accelerator
+        encoder = Phase("encoder", enabled=accelerator.is_main_process)
+        with encoder, accelerator.main_process_first():
+            encoder.made = settings.enc_type
+            self.targets = load_targets(
+                settings.enc_type,
+                self.source,
+                checkpoint=settings.enc_checkpoint,
+                cache=encoder_of(Path(settings.output)),
+                device=accelerator.device,
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            channels, height, side = self.source.latent_shape
+            sizes = (channels, height, side), self.targets.dims, self.targets.grid
+            self.critic = LatentCritic(*sizes, width=settings.critic_width)
+        optimizer = torch.optim.AdamW(self.critic.parameters(), lr=settings.learning_rate, weight_decay=0.01)
+        rate, steps = settings.learning_rate, settings.steps
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+        self.model, self.optimizer = accelerator.prepare(self.critic, optimizer)
+        self.step = 0
+        if self.found is None:
+            self.save()  # from here on --resume knows which images the encoder beside it was trained on
+        else:
+            self._load(*self.found)
+
+    def _load(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        load_states(self.critic, self.optimizer.optimizer, tensors)
+        self.schedule.load_state_dict(state["schedule"])
+        for group, (rate, betas) in zip(self.optimizer.param_groups, state["groups"], strict=True):
+            group.update(lr=rate, betas=tuple(betas))
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+        self.accelerator.print(f"resumed from step {self.step}")
+
+    def save(self) -> None:
+        """Writes a checkpoint of all that the next step depends on; randomness depends on the step alone."""
+        tensors = whole_states(self.critic, self.optimizer.optimizer)
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state = {
+                "step": self.step,
+                "settings": self.recorded,
+                "schedule": self.schedule.state_dict(),
+                "groups": [[group["lr"], list(group["betas"])] for group in self.optimizer.param_groups],
+                "scaler": None if scaler is None else scaler.state_dict(),
+            }
+            save_checkpoint(self.checkpoints, self.step, tensors, state, keep_last=2)
+        self.accelerator.wait_for_everyone()
+
+    def train(self) -> None:
+        """Makes the remaining steps.
+
+        Raises:
+            SystemExit: a signal stopped it.
+        """
+        settings, main = self.settings, self.accelerator.is_local_main_process
+        together = Agreement(self.accelerator, self.signals, every=EXCHANGE_EVERY, step=self.step)
+        loader = iter(_loader(settings, Part(self.source, held_out=False), self.accelerator, self.step))
+        cosines: list[Tensor] = []
+        seconds: list[float] = []
+        postfix: dict[str, str] = {}
+        with self.signals, progress(settings.steps, "critic", unit="step", initial=self.step, enabled=main) as bar:
+            started = time.perf_counter()
+            while self.step < settings.steps and not together.stop:
+                cosines.append(self._train_step(next(loader)))
+                self.step += 1
+                now = time.perf_counter()
+                seconds.append(now - started)
+                started = now
+                bar.update()
+                saves = self.step % settings.checkpointing_steps == 0 or self.step == settings.steps
+                if saves or together.due(self.step):
+                    shown = together.exchange(self.step, torch.stack(cosines), seconds)
+                    self.remarks.say_new()
+                    postfix |= {"train": f"{shown.mean():.3f}"}
+                    cosines, seconds = [], []
+                if saves or together.stop:
+                    self.save()
+                if main and self.step % max(1, settings.steps // 10) == 0:
+                    postfix |= {"held_out": f"{self.agreement_on_held_out():.3f}"}
+                bar.set_postfix(postfix, refresh=False)
+        self.remarks.say_new(all_of_them=True)
+        if together.stop and self.step < settings.steps:
+            self.accelerator.print(self.signals.message(self.step))
+            self.accelerator.end_training()
+            raise SystemExit(self.signals.exit_status)
+
+    def _train_step(self, batch: dict[str, Tensor]) -> Tensor:
+        accelerator = self.accelerator
+        x0, images = batch["x0"].to(accelerator.device), batch["image"].to(accelerator.device)
+        with torch.no_grad(), accelerator.autocast():
+            z = self.targets.encode(images)
+        cosine = semantic_reward(self.model(x0).tokens, z).mean()
+        accelerator.backward(1 - cosine)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        return cosine.detach().float()
+
+    @torch.no_grad()
+    def agreement_on_held_out(self) -> float:
+        """Mean cosine on at most 1,000 held-out images."""
+        held_out = Part(self.source, held_out=True)
+        samples = TrainingSamples(held_out, seed=self.settings.seed)
+        sampler = PositionBatchSampler(batch_size=1, num_batches=min(len(held_out), 1000))
+        cosines = []
+        for indices in torch.tensor(list(sampler)).flatten().split(self.settings.batch_size):
+            batch = [samples[int(i)] for i in indices]
+            keys = ("x0", "image")
+            x0, images = (torch.stack([item[key] for item in batch]).to(self.accelerator.device) for key in keys)
+            with self.accelerator.autocast():
+                cosines.append(semantic_reward(self.critic(x0).tokens, self.targets.encode(images)))
+        return float(torch.cat(cosines).mean())
+
+
+def checkpoints_of(output: Path) -> Path:
+    """The folder of a training's checkpoints, beside its output; removed when that is written."""
+    return output.with_suffix(".checkpoints")
+
+
+def encoder_of(output: Path) -> Path:
+    """The file of a small encoder, beside the critic that was trained with it."""
+    return output.with_suffix(".encoder.safetensors")
+
+
+def _check(settings: CriticTraining, output: Path) -> None:
     if output.exists():
         raise ConfigError(str(output), expected="a new file", got="an existing one", do="Choose another --output.")
-    if settings.enc_type == SMALL and settings.enc_checkpoint is None and cache.exists():
+    cache, begun = encoder_of(output), latest_checkpoint(checkpoints_of(output)) is not None
+    if begun and not settings.resume:
+        do = "Pass --resume to go on with it, or remove the folder."
+        raise ConfigError(str(checkpoints_of(output)), expected="no folder", got="an earlier training", do=do)
+    if settings.enc_type == SMALL and settings.enc_checkpoint is None and cache.exists() and not begun:
         # It may be of other images: a run that was broken off left it.
         do = "Remove it, or go on with it by --enc-checkpoint."
         raise ConfigError(str(cache), expected="no file", got="an encoder of an earlier run", do=do)
-    if min(settings.steps, settings.batch_size) < 1 or not 0 < settings.learning_rate < math.inf:
-        raise ConfigError("steps, batch_size, learning_rate", expected="> 0", got=settings, do="Correct them.")
+    if (
+        min(settings.steps, settings.batch_size, settings.checkpointing_steps) < 1
+        or not 0 < settings.learning_rate < math.inf
+    ):
+        names = "steps, batch_size, checkpointing_steps, learning_rate"
+        raise ConfigError(names, expected="> 0", got=settings, do="Correct them.")
     if settings.num_workers < 0 or settings.critic_width < 4:
         got = f"{settings.num_workers} and {settings.critic_width}"
         expected = "num_workers >= 0, critic_width >= 4"
         raise ConfigError("num_workers, critic_width", expected=expected, got=got, do="Correct them.")
+    check_kinds(settings)
 
 
 def _try_to_write(output: Path) -> None:
@@ -166,28 +326,15 @@ def _try_to_write(output: Path) -> None:
         raise ConfigError(str(output), expected=expected, got=error, do=do) from error
 
 
-def _loader(settings: CriticTraining, source: Source, accelerator: Any) -> DataLoader[dict[str, Tensor]]:
+def _loader(
+    settings: CriticTraining, source: Source, accelerator: "Accelerator", start: int = 0
+) -> DataLoader[dict[str, Tensor]]:
     sampler = PositionBatchSampler(
         batch_size=settings.batch_size,
         num_batches=settings.steps,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
+        start_batch=start,
     )
-    samples = TrainingSamples(source, seed=settings.seed)
-    return DataLoader(samples, batch_sampler=sampler, num_workers=settings.num_workers)
-
-
-@torch.no_grad()
-def _agreement(
-    critic: LatentCritic, source: Source, encode: Any, settings: CriticTraining, device: torch.device
-) -> float:
-    """Mean cosine on at most 1,000 held-out images."""
-    count = min(len(source), 1000)
-    sampler = PositionBatchSampler(batch_size=1, num_batches=count)
-    samples = TrainingSamples(source, seed=settings.seed)
-    cosines = []
-    for indices in torch.tensor(list(sampler)).flatten().split(settings.batch_size):
-        batch = [samples[int(i)] for i in indices]
-        x0, images = (torch.stack([item[key] for item in batch]).to(device) for key in ("x0", "image"))
-        cosines.append(semantic_reward(critic(x0).tokens, encode(images)))
-    return float(torch.cat(cosines).mean())
+    samples, workers = TrainingSamples(source, seed=settings.seed), settings.num_workers
+    return DataLoader(samples, batch_sampler=sampler, num_workers=workers, worker_init_fn=WorkerSignals())
