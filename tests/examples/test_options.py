@@ -236,7 +236,7 @@ def test_resume_with_other_settings_names_them(tmp_path: Path) -> None:
         _folder(tmp_path, "--resume", "--learning-rate", "0.5")
     with pytest.raises(ConfigError, match="data_fingerprint"):
         _folder(tmp_path, "--resume", data="other")
-    with pytest.raises(ConfigError, match=r"reward_release_steps: 800 then, 9999 now"):
+    with pytest.raises(ConfigError, match=r"reward_release_steps: 200 then, 2499 now"):
         _folder(tmp_path, "--resume", "--max-train-steps", "9999")
     longer = ("--resume", "--max-train-steps", "9999", "--reward-release-steps", "800")
     _folder(tmp_path, *longer, "--num-workers", "2")
