@@ -24,7 +24,7 @@ from vrpo_plugin.standalone.run_folder import ENCODER_PREFIX
 from vrpo_plugin.standalone.sampler import sample
 from vrpo_plugin.standalone.sit import SiT, create_sit
 from vrpo_plugin.standalone.sources import Source, all_images
-from vrpo_plugin.standalone.targets import SMALL, load_targets
+from vrpo_plugin.standalone.targets import SMALL, critic_targets, load_targets
 from vrpo_plugin.standalone.training import aligner_of, parameter_groups
 
 JUDGE_SEED = 1  # fixed, and not the small encoder's: runs of all seeds and methods share one independent judge
@@ -100,8 +100,17 @@ def check_data(options: TrainOptions, source: Source, processes: int) -> None:
         raise ConfigError("data", expected=f"more than {EvalProtocol.k} images", got=len(source), do=do)
 
 
-def build_targets(options: TrainOptions, source: Source, folder: Path, accelerator: Accelerator) -> Targets:
-    """The frozen encoder; the small one is trained once per run and kept in the run's folder."""
+def build_targets(
+    options: TrainOptions, config: VRPOConfig, source: Source, folder: Path, accelerator: Accelerator
+) -> Targets:
+    """The frozen encoder, or the pretrained critic in its place.
+
+    The small encoder is trained once per run and kept in the run's folder.
+    """
+    if config.targets == "critic":
+        assert config.critic_checkpoint is not None  # the configuration has refused otherwise
+        accelerator.print("targets: the critic's; no encoder is loaded or run")
+        return critic_targets(config.critic_checkpoint, source)
     with accelerator.main_process_first():
         return load_targets(
             options.enc_type,
@@ -164,7 +173,7 @@ class TrainingStep(nn.Module):
         loss = denoising_loss
         aligner = aligner_of(self.model)
         if aligner is not None:
-            out = aligner(z, x0=batch["x0"], x_t=x_t, t=batch["t"], velocity=velocity, y=batch["y"], step=step)
+            out = aligner(z or None, x0=batch["x0"], x_t=x_t, t=batch["t"], velocity=velocity, y=batch["y"], step=step)
             loss = denoising_loss + out.loss
             metrics |= {
                 "proj_loss": out.features_loss.detach(),

@@ -70,7 +70,7 @@ class Trainer:
         decode = build_decoder(options, self.source, device)
         accelerator.wait_for_everyone()  # every process has looked before the first one writes
         aligned = config.features == "policy" or config.reward_coeff > 0
-        targets = build_targets(options, self.source, self.folder.path, accelerator) if aligned else None
+        targets = build_targets(options, config, self.source, self.folder.path, accelerator) if aligned else None
         self.encode = targets.encode if targets else lambda images: ()
         self.model = build_model(options, config, self.source, targets).to(device)
         accelerator.print(describe(options, config, self.model))
