@@ -149,7 +149,8 @@ def describe(options: TrainOptions, config: VRPOConfig, model: SiT) -> str:
     aligner = aligner_of(model)
     if aligner is not None:
         parts.append(f"aligned block(s) {', '.join(map(str, aligner.layers))}")
-        parts.append(f"critic {critic:.2f}M, rewards {', '.join(config.rewards)}" if critic else "no critic")
+        size = f"critic {critic:.2f}M" if critic else "frozen critic" if aligner.critic is not None else "no critic"
+        parts.append(f"{size}, rewards {', '.join(config.rewards)}" if config.reward_coeff else size)
     return "; ".join(parts)
 
 

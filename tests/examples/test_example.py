@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vrpo_plugin.cli import main as vrpo_main
+from vrpo_plugin.modules.critic import LatentCritic, save_critic
 from vrpo_plugin.standalone.evaluate import EvalResult, evaluate
 from vrpo_plugin.standalone.sampler import sample
 from vrpo_plugin.standalone.sit import create_sit
@@ -77,6 +78,22 @@ def test_killed_run_resumes_bitwise(checkpointing_steps: int, encoder: Path, str
     assert not (tmp_path / "run" / "checkpoints" / "0000012").exists()
     resumed = harness.run(tmp_path, "run", "--resume", *every, encoder=encoder)
     harness.assert_same(resumed, straight, 12)
+
+
+@pytest.mark.parametrize("method", ["vrpo", "repa"])
+def test_a_critics_tokens_need_no_encoder(method: str, tmp_path: Path) -> None:
+    critic = tmp_path / "critic.safetensors"
+    save_critic(LatentCritic((1, 8, 8), (12,), (4, 4), width=16), critic)
+    settings = ("--targets", "critic", "--critic-checkpoint", str(critic), "--no-critic-trainable")
+    nowhere = tmp_path / "no-encoder-here.safetensors"  # would be an error where it is read
+    folder = harness.run(tmp_path, "run", "--method", method, *settings, encoder=nowhere)
+    rows = harness.metrics(folder)
+    assert len(rows) == 12 and rows[-1]["vrpo/align_cos"] > rows[0]["vrpo/align_cos"]
+    assert ("vrpo/reward/semantic" in rows[0]) == (method == "vrpo") and "vrpo/critic_cos" not in rows[0]
+    assert not list(folder.glob("*.safetensors")), "a small encoder was trained"
+    cut = harness.cut(folder, tmp_path / "cut", step=4)
+    resumed = harness.run(cut.parent, "cut", "--resume", "--method", method, *settings, encoder=nowhere)
+    harness.assert_same(resumed, folder, 12)
 
 
 @pytest.mark.parametrize("options", [(), ("--method", "repa", "--gradient-accumulation-steps", "2")])
