@@ -20,11 +20,12 @@ from vrpo_plugin.functional.interpolant import PathType, noisy_sample
 from vrpo_plugin.functional.tensors import finite_samples
 from vrpo_plugin.standalone.data import LATENTS_SCALE, PositionBatchSampler, TrainingSamples
 from vrpo_plugin.standalone.evaluate import EvalProtocol, EvalResult, evaluate
+from vrpo_plugin.standalone.feature_cache import FeatureCache
 from vrpo_plugin.standalone.run_folder import ENCODER_PREFIX
 from vrpo_plugin.standalone.sampler import sample
 from vrpo_plugin.standalone.sit import SiT, create_sit
 from vrpo_plugin.standalone.sources import Source, all_images
-from vrpo_plugin.standalone.targets import SMALL, critic_targets, load_targets
+from vrpo_plugin.standalone.targets import SMALL, cached_targets, critic_targets, load_targets
 from vrpo_plugin.standalone.training import aligner_of, parameter_groups
 
 JUDGE_SEED = 1  # fixed, and not the small encoder's: runs of all seeds and methods share one independent judge
@@ -100,10 +101,29 @@ def check_data(options: TrainOptions, source: Source, processes: int) -> None:
         raise ConfigError("data", expected=f"more than {EvalProtocol.k} images", got=len(source), do=do)
 
 
+def open_features(options: TrainOptions, source: Source) -> FeatureCache | None:
+    """Stored tokens of these images; None where an encoder gives them.
+
+    Raises:
+        DataError, CheckpointError: the cache is not finished, or damaged.
+        ConfigError: it is one of other images.
+    """
+    if options.features_dir is None:
+        return None
+    cache = FeatureCache(options.features_dir)
+    cache.check(data=source.fingerprint(), images=len(source), flips=options.flip_prob > 0)
+    return cache
+
+
 def build_targets(
-    options: TrainOptions, config: VRPOConfig, source: Source, folder: Path, accelerator: Accelerator
+    options: TrainOptions,
+    config: VRPOConfig,
+    source: Source,
+    features: FeatureCache | None,
+    folder: Path,
+    accelerator: Accelerator,
 ) -> Targets:
-    """The frozen encoder, or the pretrained critic in its place.
+    """The frozen encoder; or its stored tokens or the pretrained critic in its place.
 
     The small encoder is trained once per run and kept in the run's folder.
     """
@@ -111,6 +131,9 @@ def build_targets(
         assert config.critic_checkpoint is not None  # the configuration has refused otherwise
         accelerator.print("targets: the critic's; no encoder is loaded or run")
         return critic_targets(config.critic_checkpoint, source)
+    if features is not None:
+        accelerator.print(f"targets: stored tokens of {features.identity.encoder}; no encoder is loaded or run")
+        return cached_targets(features, source)
     with accelerator.main_process_first():
         return load_targets(
             options.enc_type,
@@ -202,7 +225,12 @@ def build_optimizer(options: TrainOptions, model: SiT) -> torch.optim.AdamW:
 
 
 def build_loader(
-    options: TrainOptions, config: VRPOConfig, source: Source, accelerator: Accelerator, start_step: int
+    options: TrainOptions,
+    config: VRPOConfig,
+    source: Source,
+    accelerator: Accelerator,
+    start_step: int,
+    features: FeatureCache | None = None,
 ) -> DataLoader[dict[str, Tensor]]:
     """Loads this process's share of every micro step from ``start_step`` on."""
     samples = TrainingSamples(
@@ -212,6 +240,7 @@ def build_loader(
         label_drop_prob=options.cfg_prob,
         time_sampling=options.weighting,
         path_type=config.path_type,
+        features=features,
     )
     micro_steps = options.gradient_accumulation_steps
     sampler = PositionBatchSampler(

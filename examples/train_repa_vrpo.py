@@ -29,6 +29,7 @@ from train_parts import (
     check_launch,
     check_tools,
     describe,
+    open_features,
     use_deterministic_kernels,
 )
 
@@ -59,9 +60,12 @@ class Trainer:
         device = accelerator.device
         self.source: Source = open_source(options.data_dir, options.resolution)
         check_data(options, self.source, accelerator.num_processes)
+        aligned = config.features == "policy" or config.reward_coeff > 0
+        self.features = open_features(options, self.source) if aligned else None
+        stored = None if self.features is None else self.features.identity.digest()
         self.folder = RunFolder(
             Path(options.output_dir) / options.run_name,
-            {**to_dict(options, config), "data_fingerprint": self.source.fingerprint()},
+            {**to_dict(options, config), "data_fingerprint": self.source.fingerprint(), "features": stored},
             free=FREE_ON_RESUME,
             resume=options.resume,
             resume_step=options.resume_step,
@@ -69,8 +73,9 @@ class Trainer:
         )
         decode = build_decoder(options, self.source, device)
         accelerator.wait_for_everyone()  # every process has looked before the first one writes
-        aligned = config.features == "policy" or config.reward_coeff > 0
-        targets = build_targets(options, config, self.source, self.folder.path, accelerator) if aligned else None
+        targets = None
+        if aligned:
+            targets = build_targets(options, config, self.source, self.features, self.folder.path, accelerator)
         self.encode = targets.encode if targets else lambda images: ()
         self.model = build_model(options, config, self.source, targets).to(device)
         accelerator.print(describe(options, config, self.model))
@@ -119,7 +124,7 @@ class Trainer:
         options = self.options
         if self.accelerator.is_main_process:
             self.folder.start()
-        loader = iter(build_loader(options, self.config, self.source, self.accelerator, self.step))
+        loader = iter(build_loader(options, self.config, self.source, self.accelerator, self.step, self.features))
         self.step_module.train()
         self.bar = tqdm(
             total=options.max_train_steps,
@@ -155,7 +160,8 @@ class Trainer:
             batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in next(loader).items()}
             synchronize = micro_step == micro_steps - 1
             with torch.no_grad(), accelerator.autocast():
-                z = self.encode(batch["image"])
+                stored = batch.pop("features", None)
+                z = self.encode(batch["image"]) if self.features is None else self.features.decode(stored)
             with nullcontext() if synchronize else accelerator.no_sync(self.step_module):
                 loss, metrics = self.step_module(batch, z, self.step)
                 accelerator.backward(loss / micro_steps)

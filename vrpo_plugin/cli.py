@@ -5,10 +5,10 @@ import sys
 from collections.abc import Sequence
 
 from vrpo_plugin._version import __version__
-from vrpo_plugin.commands import hosts, train_critic
+from vrpo_plugin.commands import cache_features, hosts, train_critic
 from vrpo_plugin.errors import VRPOError
 
-COMMANDS = {"train-critic": train_critic, "check": hosts}  # the order of --help
+COMMANDS = {"train-critic": train_critic, "cache-features": cache_features, "check": hosts}  # the order of --help
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -72,6 +72,11 @@ class FrozenEncoder:
         height, width = token_grid or own_grid
         self.grid = height, width
 
+    @property
+    def normalisation(self) -> dict[str, Any]:
+        """Of the pixels that the network sees: mean, standard deviation and side."""
+        return {"mean": self._mean.flatten().tolist(), "std": self._std.flatten().tolist(), "side": self.input_size}
+
     def __deepcopy__(self, memo: dict[int, object]) -> "FrozenEncoder":
         return self
 

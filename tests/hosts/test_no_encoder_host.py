@@ -29,7 +29,7 @@ def test_repa_trains_without_its_encoder(processes: int, critic: tuple[str, ...]
     arguments = ("--max-train-steps", "6", "--checkpointing-steps", "6", "--enc-type", "none")
     run = run_host("REPA", tmp_path, *arguments, processes=processes, launcher=(*LAUNCH, *critic))
     assert len(run.rows) == len(run.hashes) == 6 and len({str(hashes) for hashes in run.hashes}) == 6
-    assert all(row["proj_loss"] < 0 for row in run.rows[1:])
+    assert all(row["proj_loss"] != 0 for row in run.rows)
     if processes == 1:  # else the host logs the mean of both
         assert all(row["proj_loss"] == pytest.approx(-row["vrpo/align_cos"], abs=1e-6) for row in run.rows)
     assert {"vrpo/reward/semantic", "vrpo/reward/perceptual"} <= run.rows[-1].keys()

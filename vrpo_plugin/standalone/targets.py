@@ -9,6 +9,7 @@ import torch
 from vrpo_plugin.encoders import Targets, identify, load_encoders
 from vrpo_plugin.errors import ConfigError
 from vrpo_plugin.standalone.data import LATENTS_SCALE
+from vrpo_plugin.standalone.feature_cache import FeatureCache
 from vrpo_plugin.standalone.sources import Source, all_images
 
 SMALL = "small"
@@ -23,6 +24,12 @@ def critic_targets(checkpoint: str, source: Source) -> Targets:
         CheckpointError: the file is missing or damaged.
     """
     return replace(Targets.of_critic(checkpoint), **_of_data(source))
+
+
+def cached_targets(cache: FeatureCache, source: Source) -> Targets:
+    """What a cache of features holds, in place of the encoder: the loader reads it, nothing is encoded."""
+    own = cache.identity
+    return Targets(own.dims, own.grid, lambda images: (), lambda: own.encoder, **_of_data(source))
 
 
 def _of_data(source: Source) -> dict[str, Any]:
