@@ -96,6 +96,28 @@ def test_a_critics_tokens_need_no_encoder(method: str, tmp_path: Path) -> None:
     harness.assert_same(resumed, folder, 12)
 
 
+def test_stored_features_train_as_the_encoder_does(encoder: Path, tmp_path: Path) -> None:
+    images, labels = all_images(DigitsSource())
+    np.savez(tmp_path / "digits.npz", images=images.numpy(), labels=labels.numpy())
+    data = ("--data-dir", str(tmp_path / "digits.npz"), "--resolution", "8", "--model", "SiT-Ti/2")
+    data = (*data, "--enc-type", "small", "--flip-prob", "0.5")
+    settings = ["cache-features", data[1], "-o", str(tmp_path / "features"), "--encoder", "small", "--resolution", "8"]
+    vrpo_main([*settings, "--encoder-checkpoint", str(encoder), "--num-workers", "0"])
+    online = harness.metrics(harness.run(tmp_path, "online", *data, encoder=encoder))
+    nowhere = tmp_path / "no-encoder-here.safetensors"
+    stored = ("--features-dir", str(tmp_path / "features"))
+    runs = [harness.run(tmp_path, f"{n}", *data, *stored, processes=n, encoder=nowhere) for n in (1, 2)]
+    for run in runs:
+        for ours, theirs in zip(harness.metrics(run), online, strict=True):
+            # fp16's rounding of the targets, which the steps after it feel; and another order of summation.
+            for key in ("loss", "proj_loss", "vrpo/reward/semantic", "vrpo/critic_cos"):
+                assert ours[key] == pytest.approx(theirs[key], rel=2e-3, abs=2e-4), key
+    np.savez(tmp_path / "fewer.npz", images=images[:900].numpy(), labels=labels[:900].numpy())
+    other = harness.launch(tmp_path, "other", *data, "--data-dir", str(tmp_path / "fewer.npz"), *stored)
+    assert other.returncode != 0 and "expected one of this data: 900 images" in other.stderr
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("options", [(), ("--method", "repa", "--gradient-accumulation-steps", "2")])
 def test_two_processes_resume_bitwise(options: tuple[str, ...], encoder: Path, tmp_path: Path) -> None:
     whole = harness.run(tmp_path, "whole", *options, processes=2, encoder=encoder)

@@ -1,6 +1,7 @@
 """``targets="critic"``: the frozen critic's tokens of the clean latents are the targets of both readouts."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +165,18 @@ def test_a_checkpoint_brings_the_critic_back(name: str, critic_file: Path) -> No
     state = copy.deepcopy(aligner.state_dict())
     assert any("critic.stem" in key for key in state)
     aligner.load_state_dict(state)
+
+
+def test_the_code_of_the_page_runs(critic_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(critic_file.parent)
+    page = (Path(__file__).resolve().parents[2] / "docs" / "critic.md").read_text("utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    attach, _, step_ = block.partition("out = ")
+    batch, model = make_batch(8), TinySiT()
+    # The critic here is narrower than the default.
+    names: dict[str, Any] = {"model": model}
+    exec(attach.replace("critic_trainable=False", "critic_trainable=False, critic_width=16"), names)
+    names |= {"x0": batch.x0, "x_t": batch.x_t, "t": batch.t, "y": batch.y}
+    names["velocity"] = model(batch.x_t, batch.t, batch.y)
+    exec(f"out = {step_}", names)
+    assert names["out"].loss.isfinite()

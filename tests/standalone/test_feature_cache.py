@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -98,6 +99,17 @@ def test_maps_are_not_sent_to_other_processes(inputs: tuple[Path, Path], tmp_pat
     first = cache.read(20)
     copy = pickle.loads(pickle.dumps(cache))
     assert len(pickle.dumps(cache)) < 10_000 and torch.equal(copy.read(20), first)
+
+
+def test_the_code_of_the_page_runs(inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache_features(settings_of(inputs, tmp_path / "features"))
+    monkeypatch.chdir(tmp_path)
+    page = (REPO / "docs" / "feature-cache.md").read_text("utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    stored = FeatureCache("features").read(3, True)
+    names: dict[str, Any] = {"index": 3, "flipped": True, "device": "cpu", "stored_batch": stored[None]}
+    exec(compile(block, "feature-cache.md", "exec"), names)
+    assert torch.equal(names["stored"], stored) and names["z"][0].dtype == torch.float32
 
 
 class Killed(BaseException):

@@ -173,18 +173,22 @@ def fit_basis(
 ) -> Basis:
     """Principal components of the tokens of evenly spaced images; every second one is mirrored, where flips are stored.
 
-    The step of a component's code is its largest value among them over 127.
+    The step of a component's code is its largest value over 127, in a quarter of these images.
     """
     wanted = [i * len(source) // min(len(source), BASIS_IMAGES) for i in range(min(len(source), BASIS_IMAGES))]
 
-    def batches() -> Iterator[tuple[Tensor, ...]]:
-        for n, images in enumerate(_loader(source, [wanted[i : i + 64] for i in range(0, len(wanted), 64)], settings)):
+    def batches(every: int) -> Iterator[tuple[Tensor, ...]]:
+        chosen = wanted[::every]
+        size = settings.batch_size
+        for n, images in enumerate(
+            _loader(source, [chosen[i : i + size] for i in range(0, len(chosen), size)], settings)
+        ):
             yield targets.encode(images.to(device).flip(-1) if n % 2 and identity.flips else images.to(device))
 
     count = 0
     sums = [torch.zeros(dim, dtype=torch.float64) for dim in identity.dims]
     squares = [torch.zeros(dim, dim, dtype=torch.float64) for dim in identity.dims]
-    for tokens in batches():
+    for tokens in batches(1):
         rows = [rearrange(z, "b n d -> (b n) d").double().cpu() for z in tokens]
         count += len(rows[0])
         for total, square, z in zip(sums, squares, rows, strict=True):
@@ -198,7 +202,7 @@ def fit_basis(
     basis = Basis(tuple(m.float() for m in means), tuple(components), tuple(torch.ones(len(c)) for c in components))
     largest = [torch.zeros(width) for width in identity.widths]
     on_device = basis.to(device)
-    for tokens in batches():
+    for tokens in batches(4):
         for i, z in enumerate(tokens):
             values = ((z - on_device.means[i]) @ on_device.components[i].T).abs().amax((0, 1)).cpu()
             largest[i] = torch.maximum(largest[i], values)
