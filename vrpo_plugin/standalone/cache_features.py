@@ -34,7 +34,7 @@ from vrpo_plugin.standalone.feature_cache import (
 from vrpo_plugin.standalone.sources import Source, open_source
 from vrpo_plugin.standalone.targets import SMALL, load_targets
 
-BASIS_IMAGES, SAMPLE_IMAGES = 2048, 64  # that the basis is made of, and that the first cosine is measured on
+BASIS_IMAGES, SAMPLE_IMAGES = 1024, 64  # that the basis is made of, and that the first cosine is measured on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,11 +189,11 @@ def fit_basis(
     sums = [torch.zeros(dim, dtype=torch.float64) for dim in identity.dims]
     squares = [torch.zeros(dim, dim, dtype=torch.float64) for dim in identity.dims]
     for tokens in batches(1):
-        rows = [rearrange(z, "b n d -> (b n) d").double().cpu() for z in tokens]
+        rows = [rearrange(z, "b n d -> (b n) d") for z in tokens]
         count += len(rows[0])
         for total, square, z in zip(sums, squares, rows, strict=True):
-            total += z.sum(0)
-            square += z.T @ z
+            total += z.sum(0).cpu()
+            square += (z.T @ z).cpu()
     means = [total / count for total in sums]
     components = []
     for square, mean, width in zip(squares, means, identity.widths, strict=True):
