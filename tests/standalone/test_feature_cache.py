@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -257,19 +257,21 @@ def test_two_processes_write_what_one_does_and_a_kill_is_survived(inputs: tuple[
     environment |= {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--main_process_port", str(29500 + os.getpid() % 2000), "-m", "vrpo_plugin.cli"]
-    arguments = command(inputs, tmp_path / "two", "--pca", "6", "--shard-images", "2", "--batch-size", "1")
-    process = subprocess.Popen([*launch, *arguments], env=environment, start_new_session=True)
+    small = ("--pca", "6", "--shard-images", "1", "--batch-size", "1")
+    arguments = command(inputs, tmp_path / "two", *small)
+    process = subprocess.Popen([*launch, *arguments], env=environment)
     deadline = time.monotonic() + 300
     while not record_file(tmp_path / "two", 0).exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
+    # The launcher first, which would end the others in order; they are in sessions of their own.
+    launcher = psutil.Process(process.pid)
+    for running in (launcher, *launcher.children(recursive=True)):
+        running.kill()
     process.wait()
+    assert "shards" not in json.loads((tmp_path / "two" / MANIFEST).read_text()), "it had ended before the kill"
     done = subprocess.run([*launch, *arguments], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("mean cosine to the original") == 2  # said once before and once after
-    for partial in (tmp_path / "two").glob("*.partial"):  # of the file that the kill has cut
-        partial.unlink()
-    one = command(inputs, tmp_path / "one", "--pca", "6", "--shard-images", "2", "--batch-size", "1")
-    main(one)
+    main(command(inputs, tmp_path / "one", *small))
     assert contents(tmp_path / "two") == contents(tmp_path / "one")

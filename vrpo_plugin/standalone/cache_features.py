@@ -123,6 +123,8 @@ def cache_features(settings: CacheSettings) -> dict[str, Any]:
     if accelerator.is_main_process:
         _refuse_full_disk(folder, identity)
         folder.mkdir(parents=True, exist_ok=True)
+        for partial in folder.glob("*.partial"):  # what a kill has left
+            partial.unlink()
         write_manifest(folder, identity)
         if identity.pca and not (folder / BASIS).exists():
             fit_basis(identity, source, targets, accelerator.device, settings).save(folder / BASIS)
