@@ -60,6 +60,9 @@ class TrainOptions:
 
     enc_type: str = _option("dinov2-vit-b", "encoder(s), comma-separated: REPA's or timm's names, or small")
     enc_checkpoint: str | None = _option(None, "local weights file(s) of the encoder(s), comma-separated")
+    features_dir: str | None = _option(
+        None, "folder that 'vrpo cache-features' wrote for this data: its tokens are the targets, and no encoder runs"
+    )
     encoder_depth: int | None = _option(None, "aligned block, 1-based; None: the model's own")
 
     batch_size: int = _option(256, "samples per micro step over all processes, as in REPA")
@@ -155,7 +158,19 @@ class TrainOptions:
 # What may differ between a run and its resumption: none of it changes a number that is trained. (The length of the
 # schedules, which is the run's where it is not given, is no such thing: give it to go on beyond the run's first end.)
 FREE_ON_RESUME = frozenset(
-    {"resume", "resume_step", "output_dir", "exp_name", "report_to", "num_workers", "data_dir", "enc_checkpoint", "vae"}
+    {
+        "resume",
+        "resume_step",
+        "output_dir",
+        "exp_name",
+        "report_to",
+        "num_workers",
+        "data_dir",
+        "enc_checkpoint",
+        "features_dir",
+        "vae",
+    }
+    | {"features_dir"}  # what it holds is compared by itself
     | {"max_train_steps", "max_skipped_steps", "checkpointing_steps", "keep_last", "sampling_steps", "flush_steps"}
     | {"eval_samples", "eval_network", "eval_checkpoint", "fallback", "deterministic"}
     | {"solver", "solver_steps", "cfg_scale", "guidance_low", "guidance_high"}
@@ -200,6 +215,9 @@ def parse_options(argv: Sequence[str] | None = None) -> tuple[TrainOptions, VRPO
     if method == "vrpo" and config.reward_coeff == 0:
         do = "Take --method repa, irepa or none for a run without rewards."
         raise ConfigError("reward_coeff", expected="> 0 with method vrpo", got=config.reward_coeff, do=do)
+    if options.features_dir is not None and config.targets == "critic":
+        do = "Take one of the two: --targets critic needs no encoder's tokens."
+        raise ConfigError("features_dir", expected="None with targets='critic'", got=options.features_dir, do=do)
     if options.encoder_depth is not None and config.layers != "early":
         do = "Leave one of the two out."
         raise ConfigError("layers", expected="early with encoder_depth", got=repr(config.layers), do=do)

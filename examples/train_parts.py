@@ -27,11 +27,12 @@ from vrpo_plugin.standalone.drawing import (
     load_decoder,
 )
 from vrpo_plugin.standalone.evaluate import EvalProtocol, EvalResult, evaluate
+from vrpo_plugin.standalone.feature_cache import FeatureCache
 from vrpo_plugin.standalone.run_folder import ENCODER_PREFIX
 from vrpo_plugin.standalone.sit import SiT, create_sit
 from vrpo_plugin.standalone.sources import Source, all_images
 from vrpo_plugin.standalone.stopping import WorkerSignals
-from vrpo_plugin.standalone.targets import SMALL, check_small, load_targets
+from vrpo_plugin.standalone.targets import SMALL, cached_targets, check_small, critic_targets, load_targets
 from vrpo_plugin.standalone.training import aligner_of, parameter_groups
 
 GRID_BATCH = 13  # images: a grid is eight batches, for the eight GPUs of a machine
@@ -89,7 +90,7 @@ def check_tools(options: TrainOptions) -> None:
         raise ConfigError("grids and evaluation", expected="their packages", got=f"no {missing}", do=do)
 
 
-def check_data(options: TrainOptions, source: Source, processes: int) -> None:
+def check_data(options: TrainOptions, config: VRPOConfig, source: Source, processes: int) -> None:
     """Refuses options that do not fit the data, before anything is written or trained.
 
     Raises:
@@ -107,14 +108,49 @@ def check_data(options: TrainOptions, source: Source, processes: int) -> None:
     if options.eval_samples and len(source) <= EvalProtocol.k:
         do = "Add images, or take --eval-samples 0."
         raise ConfigError("data", expected=f"more than {EvalProtocol.k} images", got=len(source), do=do)
-    if options.enc_type == SMALL and options.enc_checkpoint is None and options.method != "none":
+    if trains_small(options, config):
         check_small(source)
     if options.eval_samples and options.eval_network == SMALL:
         check_small(source, "small evaluation network", "--eval-network inception_v3")
 
 
-def build_targets(options: TrainOptions, source: Source, folder: Path, accelerator: Accelerator) -> Targets:
-    """The frozen encoder; the small one is trained once per run and kept in the run's folder."""
+def trains_small(options: TrainOptions, config: VRPOConfig) -> bool:
+    """Whether the run begins with the training of a small encoder."""
+    encodes = options.method != "none" and config.targets == "encoder" and options.features_dir is None
+    return encodes and options.enc_type == SMALL and options.enc_checkpoint is None
+
+
+def open_features(options: TrainOptions, source: Source) -> FeatureCache | None:
+    """Stored tokens of these images; None where an encoder gives them.
+
+    Raises:
+        DataError, CheckpointError: the cache is not finished, or damaged.
+        ConfigError: it is one of other images.
+    """
+    if options.features_dir is None:
+        return None
+    cache = FeatureCache(options.features_dir)
+    cache.check(data=source.fingerprint(), images=len(source), flips=options.flip_prob > 0)
+    return cache
+
+
+def build_targets(
+    options: TrainOptions,
+    config: VRPOConfig,
+    source: Source,
+    features: FeatureCache | None,
+    folder: Path,
+    accelerator: Accelerator,
+) -> Targets:
+    """The frozen encoder; or its stored tokens or the pretrained critic in its place.
+
+    The small encoder is trained once per run and kept in the run's folder.
+    """
+    if config.targets == "critic":
+        assert config.critic_checkpoint is not None  # the configuration has refused otherwise
+        return critic_targets(config.critic_checkpoint, source)
+    if features is not None:
+        return cached_targets(features, source)
     with accelerator.main_process_first():
         return load_targets(
             options.enc_type,
@@ -124,6 +160,16 @@ def build_targets(options: TrainOptions, source: Source, folder: Path, accelerat
             cache=folder / f"{ENCODER_PREFIX}{source.fingerprint()}.safetensors",
             device=accelerator.device,
         )
+
+
+def describe_targets(options: TrainOptions, config: VRPOConfig, targets: Targets) -> str:
+    """One line for the user."""
+    sizes = f"{' + '.join(map(str, targets.dims))} features"
+    if config.targets == "critic":
+        return f"the critic's, {sizes}; no encoder is loaded or run"
+    if options.features_dir is not None:
+        return f"stored tokens of {options.features_dir}, {sizes}; no encoder is loaded or run"
+    return f"{options.enc_type}, {sizes}"
 
 
 def build_model(options: TrainOptions, config: VRPOConfig, source: Source, targets: Targets | None) -> SiT:
@@ -153,7 +199,8 @@ def describe(options: TrainOptions, config: VRPOConfig, model: SiT) -> str:
     aligner = aligner_of(model)
     if aligner is not None:
         parts.append(f"aligned block(s) {', '.join(map(str, aligner.layers))}")
-        parts.append(f"critic {critic:.2f}M, rewards {', '.join(config.rewards)}" if critic else "no critic")
+        size = f"critic {critic:.2f}M" if critic else "frozen critic" if aligner.critic is not None else "no critic"
+        parts.append(f"{size}, rewards {', '.join(config.rewards)}" if config.reward_coeff else size)
     return "; ".join(parts)
 
 
@@ -177,7 +224,7 @@ class TrainingStep(nn.Module):
         loss = denoising_loss
         aligner = aligner_of(self.model)
         if aligner is not None:
-            out = aligner(z, x0=batch["x0"], x_t=x_t, t=batch["t"], velocity=velocity, y=batch["y"], step=step)
+            out = aligner(z or None, x0=batch["x0"], x_t=x_t, t=batch["t"], velocity=velocity, y=batch["y"], step=step)
             loss = denoising_loss + out.loss
             metrics |= {
                 "proj_loss": out.features_loss.detach(),
@@ -205,7 +252,12 @@ def build_optimizer(options: TrainOptions, model: SiT) -> torch.optim.AdamW:
 
 
 def build_loader(
-    options: TrainOptions, config: VRPOConfig, source: Source, accelerator: Accelerator, start_step: int
+    options: TrainOptions,
+    config: VRPOConfig,
+    source: Source,
+    accelerator: Accelerator,
+    start_step: int,
+    features: FeatureCache | None = None,
 ) -> DataLoader[dict[str, Tensor]]:
     """Loads this process's share of every micro step from ``start_step`` on."""
     samples = TrainingSamples(
@@ -215,6 +267,7 @@ def build_loader(
         label_drop_prob=options.cfg_prob,
         time_sampling=options.weighting,
         path_type=config.path_type,
+        features=features,
     )
     micro_steps = options.gradient_accumulation_steps
     sampler = PositionBatchSampler(

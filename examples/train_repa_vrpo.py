@@ -28,6 +28,8 @@ from train_parts import (
     check_launch,
     check_tools,
     describe,
+    describe_targets,
+    open_features,
     use_deterministic_kernels,
 )
 
@@ -65,10 +67,13 @@ class Trainer:
         with Phase("data", enabled=main) as phase:
             self.source: Source = open_source(options.data_dir, options.resolution)
             phase.made = describe_source(self.source)
-        check_data(options, self.source, accelerator.num_processes)
+        check_data(options, config, self.source, accelerator.num_processes)
+        aligned = config.features == "policy" or config.reward_coeff > 0
+        self.features = open_features(options, self.source) if aligned else None
+        stored = None if self.features is None else self.features.identity.digest()
         self.folder = RunFolder(
             Path(options.output_dir) / options.run_name,
-            {**to_dict(options, config), "data_fingerprint": self.source.fingerprint()},
+            {**to_dict(options, config), "data_fingerprint": self.source.fingerprint(), "features": stored},
             free=FREE_ON_RESUME,
             resume=options.resume,
             resume_step=options.resume_step,
@@ -76,12 +81,11 @@ class Trainer:
         )
         decode = build_decoder(options, self.source, device)
         accelerator.wait_for_everyone()  # every process has looked before the first one writes
-        aligned = config.features == "policy" or config.reward_coeff > 0
         targets = None
         if aligned:
-            with Phase("encoder", enabled=main) as phase:
-                targets = build_targets(options, self.source, self.folder.path, accelerator)
-                phase.made = f"{options.enc_type}, {' + '.join(map(str, targets.dims))} features"
+            with Phase("targets", enabled=main) as phase:
+                targets = build_targets(options, config, self.source, self.features, self.folder.path, accelerator)
+                phase.made = describe_targets(options, config, targets)
         self.encode = targets.encode if targets else lambda images: ()
         with Phase("model", enabled=main) as phase:
             self.model = build_model(options, config, self.source, targets).to(device)
@@ -99,7 +103,9 @@ class Trainer:
             ) as phase:
                 self.painter.load_network()
                 phase.made = options.eval_network
-        self.watch = watch_rewards(self.folder.path, self.model, self.encode, self.source, decode, config.path_type)
+        self.watch = None
+        if config.targets == "encoder" and self.features is None:  # it looks at the encoder's tokens
+            self.watch = watch_rewards(self.folder.path, self.model, self.encode, self.source, decode, config.path_type)
         self.signals = StopSignals(say=main)
         rank, processes = accelerator.process_index, accelerator.num_processes
         self.remarks = Remarks(self.source, "data" if processes == 1 else f"data (process {rank})")
@@ -148,7 +154,7 @@ class Trainer:
             self.folder.start()
         self.agreement = Agreement(self.accelerator, self.signals, every=options.flush_steps, step=self.step)
         self.metrics = MetricBuffer(self.agreement)
-        loader = iter(build_loader(options, self.config, self.source, self.accelerator, self.step))
+        loader = iter(build_loader(options, self.config, self.source, self.accelerator, self.step, self.features))
         self.step_module.train()
         self.bar = progress(
             options.max_train_steps,
@@ -198,7 +204,8 @@ class Trainer:
             batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in next(loader).items()}
             synchronize = micro_step == micro_steps - 1
             with torch.no_grad(), accelerator.autocast():
-                z = self.encode(batch["image"])
+                stored = batch.pop("features", None)
+                z = self.encode(batch["image"]) if self.features is None else self.features.decode(stored)
             with nullcontext() if synchronize else accelerator.no_sync(self.step_module):
                 loss, metrics = self.step_module(batch, z, self.step)
                 accelerator.backward(loss / micro_steps)

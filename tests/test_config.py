@@ -21,6 +21,7 @@ OTHER_VALUES: dict[str, Any] = {
     "features": "host",
     "projector": "conv",
     "projector_dim": 64,
+    "targets": "critic",
     "target_norm": "spatial",
     "release": "stop",
     "release_steps": 100,
@@ -45,7 +46,7 @@ INVALID = [
         for name in ("features", "projector", "release", "noise_gate", "scale")
         for value in ("Host", None, 1)
     ),
-    *((name, "other") for name in ("layers", "target_norm", "path_type", "reward_weights")),
+    *((name, "other") for name in ("layers", "targets", "target_norm", "path_type", "reward_weights")),
     ("features", ("policy",)),
     ("scale", ["none"]),
     *((f.name, value) for f in fields(VRPOConfig) if type(f.default) is float for value in (-0.1, math.nan, math.inf)),

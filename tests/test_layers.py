@@ -59,6 +59,7 @@ HOST_FILES = [
     {"metrics"},
     {"base"},
     {"compat", "libraries", "pixels"},
+    {"no_encoder"},
     {"checks", "siloss", "transport"},
     {"repa", "reg", "irepa", "repae", "sit", "dit", "lightningdit"},
     {"repa_t2i"},

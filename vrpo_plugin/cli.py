@@ -6,12 +6,13 @@ import sys
 from collections.abc import Sequence
 
 from vrpo_plugin._version import __version__
-from vrpo_plugin.commands import compare, evaluate, hosts, plot, sample, train_critic
+from vrpo_plugin.commands import cache_features, compare, evaluate, hosts, plot, sample, train_critic
 from vrpo_plugin.errors import VRPOError
 
 # In the order of --help.
 COMMANDS = {
     "train-critic": train_critic,
+    "cache-features": cache_features,
     "sample": sample,
     "eval": evaluate,
     "plot": plot,

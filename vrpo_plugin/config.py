@@ -71,6 +71,10 @@ class VRPOConfig:
         projector: Head from hidden tokens to encoder tokens: ``mlp`` (REPA's) or ``conv`` (3x3, iREPA's). When: to
             compare with iREPA. Measured: only in iREPA without rewards, 2.33, as REPA's 2.33 [ablations].
         projector_dim: Width of the ``mlp`` projector; REPA's. When: the model is tiny. Not measured.
+        targets: What the tokens are aligned with: the ``encoder``'s tokens of the image, or what the pretrained, frozen
+            ``critic`` predicts of them from the clean latent; then no encoder and no images are needed. Needs
+            ``critic_checkpoint`` and ``critic_trainable=False``. When: ``critic`` where the encoder takes a good share
+            of the step, or the loop has no images (docs/critic.md). Not measured with this version.
         target_norm: ``none``, or ``spatial`` (iREPA's normalisation of the encoder tokens). When: to compare with
             iREPA. Measured: only in iREPA without rewards, as for ``projector`` [ablations].
         release: Schedule of the alignment of tokens: ``none``, ``linear`` (down to 0 at ``release_steps``) or ``stop``
@@ -131,6 +135,7 @@ class VRPOConfig:
     features: Literal["policy", "host", "none"] = "policy"
     projector: Literal["mlp", "conv"] = "mlp"
     projector_dim: int = 2048
+    targets: Literal["encoder", "critic"] = "encoder"
     target_norm: Literal["none", "spatial"] = "none"
     release: Literal["none", "linear", "stop"] = "none"
     release_steps: int = 0
@@ -224,6 +229,13 @@ class VRPOConfig:
                 "a file with critic_trainable=False",
                 None,
                 "Train one with 'vrpo train-critic'.",
+            )
+        if self.targets == "critic" and self.critic_trainable:
+            _fail(
+                "critic_trainable",
+                "False, and a critic_checkpoint, with targets='critic'",
+                True,
+                "A critic that learns from its own tokens learns nothing: pretrain one with 'vrpo train-critic'.",
             )
 
     @classmethod

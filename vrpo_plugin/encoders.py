@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vrpo_plugin.errors import CheckpointError, ConfigError, ShapeError, WeightsNotFoundError
 from vrpo_plugin.functional.tensors import require_pixels, resample_tokens
-from vrpo_plugin.modules.critic import CriticPurpose
+from vrpo_plugin.modules.critic import CriticPurpose, read_critic
 
 _SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
 REPA_ENCODERS = {f"dinov2-vit-{k}": f"vit_{v}_patch14_dinov2.lvd142m" for k, v in _SIZES.items()} | {
@@ -71,6 +71,11 @@ class FrozenEncoder:
             _, self.dim, *own_grid = self._feature_map(features).shape
         height, width = token_grid or own_grid
         self.grid = height, width
+
+    @property
+    def normalisation(self) -> dict[str, Any]:
+        """Of the pixels that the network sees: mean, standard deviation and side."""
+        return {"mean": self._mean.flatten().tolist(), "std": self._std.flatten().tolist(), "side": self.input_size}
 
     def __deepcopy__(self, memo: dict[int, object]) -> "FrozenEncoder":
         return self
@@ -168,7 +173,7 @@ class FrozenEncoders:
 
 @dataclass(frozen=True)
 class Targets:
-    """A frozen target encoder.
+    """A frozen target encoder, or a pretrained critic in its place, which the aligner itself runs.
 
     Attributes:
         dims: D of each network.
@@ -177,6 +182,7 @@ class Targets:
         identify: names and hashes of the networks, which takes seconds where they are large.
         resolution: side in pixels of the images.
         latent_scale: factor on the latents of the same data; 1 for pixels.
+        taught: of a critic's file: the encoder that it was trained for, where the file says it.
     """
 
     dims: tuple[int, ...]
@@ -185,6 +191,21 @@ class Targets:
     identify: Callable[[], str] | None = None
     resolution: int | None = None
     latent_scale: float | None = None
+    taught: str | None = None
+
+    @classmethod
+    def of_critic(cls, checkpoint: str | Path) -> "Targets":
+        """What a critic's file says of the encoder that it was trained for, for ``targets="critic"``.
+
+        It has nothing to encode: the aligner itself asks its critic.
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
+        """
+        sizes, record = read_critic(Path(checkpoint))
+        dims, (height, width) = tuple(sizes["target_dims"]), sizes["token_grid"]
+        taught = record.get("made_for", {}).get("encoder")
+        return cls(dims, (height, width), lambda images: (), taught=taught)
 
     def critic_purpose(self) -> CriticPurpose:
         """What a critic of these targets is for."""

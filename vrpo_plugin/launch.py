@@ -19,6 +19,7 @@ from vrpo_plugin.hosts.base import HostSpec
 from vrpo_plugin.hosts.checks import changes_nothing, check_settings
 from vrpo_plugin.hosts.known import find_spec, host_of_script
 from vrpo_plugin.hosts.metrics import is_main_process
+from vrpo_plugin.hosts.no_encoder import settle
 from vrpo_plugin.hosts.options import FLAGS, KEYS, HostOptions, parse_value, resolve_settings
 from vrpo_plugin.hosts.pixels import read_critic_targets
 from vrpo_plugin.hosts.report import describe_host, describe_result, describe_settings, say, why_not
@@ -185,8 +186,10 @@ def _refusal(spec: HostSpec, folder: Path, config: VRPOConfig, options: HostOpti
     """What applying would raise; imports nothing of the host."""
     try:
         check_settings(spec, config, options)
-        if spec.encoder == "critic" and not changes_nothing(spec, config):
-            read_critic_targets(config, spec.name)
+        if not changes_nothing(spec, config):
+            spec, config = settle(spec, config)
+            if config.targets == "critic":
+                read_critic_targets(config, spec.name)
     except VRPOError as error:
         return error
     return why_not(spec, folder, allow_unverified=options.allow_unverified)

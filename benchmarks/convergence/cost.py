@@ -32,6 +32,7 @@ class Stepper:
         targets = Targets((encoder.token_dim,), encoder.grid, self.encode)
         self.critic_checkpoint = config.critic_checkpoint
         self.aligned = config.features == "policy" or config.reward_coeff > 0
+        self.encoded = self.aligned and config.targets == "encoder"
         self.model = build_model(self.options, config, source, targets if self.aligned else None).to(device)
         self.step_module = TrainingStep(self.model, config.path_type).train()
         self.optimizer = build_optimizer(self.options, self.model)
@@ -44,7 +45,7 @@ class Stepper:
         """Forward pass with the encoder's."""
         precision = self.options.mixed_precision
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            z = self.encode(self.batch["image"]) if self.aligned else ()
+            z = self.encode(self.batch["image"]) if self.encoded else ()
             return self.step_module(self.batch, z, 0)[0]
 
     def step(self) -> None:
@@ -66,8 +67,10 @@ class Stepper:
             return 0.0
         whole, readout = self.mmacs(), aligner.generation
         aligner.generation = None
+        if not self.encoded:  # the targets still take one look at clean latents
+            aligner.target_critic = readout.critic
         rest = self.mmacs()
-        aligner.generation = readout
+        aligner.generation, aligner.target_critic = readout, None
         return whole - rest
 
 

@@ -118,6 +118,7 @@ class GraphedRun:
         compiled: bool,
     ) -> None:
         self.options, self.shared, self.device = options, shared, shared.device
+        self.encoded = config.targets == "encoder"  # else the aligner makes its targets itself
         self.stream = new_stream(self.device)
         with on(self.stream):
             self.model = build_model(options, config, source, targets).to(self.device)
@@ -162,7 +163,7 @@ class GraphedRun:
         buffers = dict(self.model.named_buffers())
         self.guard.keep()
         bf16 = self.options.mixed_precision == "bf16"
-        z = self.shared.z if aligner_of(self.model) is not None else ()
+        z = self.shared.z if self.encoded and aligner_of(self.model) is not None else ()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             # No step: the aligner counts on the device.
             loss, metrics = self.step_module(self.shared.batch, z, None)

@@ -23,7 +23,7 @@ from gpu_stages.trainers import Size, Trainer, variants, write_critic
 REPEATS = 5
 BLOCK_SECONDS = 0.5  # of one block of steps
 TOY = Size("SiT-Ti/2", 4, (4, 16, 16), "vit_tiny_patch16_224", 128, 128, 192, bf16=False)
-ALL = ("none", "REPA", "VRPO, features only", "VRPO, frozen critic", "VRPO, online critic")
+ALL = ("none", "REPA", "VRPO, features only", "VRPO, frozen critic", "VRPO, targets=critic", "VRPO, online critic")
 WITH_ENCODER = ("REPA", "VRPO, frozen critic", "VRPO, online critic")
 
 
@@ -99,8 +99,8 @@ def measure(group: Group, repa: Path | None, stage: Stage) -> list[dict[str, Any
     workers = {name: Worker(group, name, critic, repa, stage.device) for name in group.names}
     try:
         # Together: what is slow is the start of the processes, and compiling.
-        for worker in workers.values():
-            worker.send(("build", bool(group.encoded)))
+        for name, worker in workers.items():
+            worker.send(("build", name in group.encoded))
         for worker in workers.values():
             worker.receive()
         entries = [(name, False) for name in group.names] + [(name, True) for name in group.encoded]

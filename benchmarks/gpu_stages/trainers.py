@@ -74,6 +74,7 @@ def variants(critic: Path) -> dict[str, Variant]:
         Variant("REPA"),
         Variant("VRPO, features only", {"reward_coeff": 0.0}),
         Variant("VRPO, frozen critic", frozen),
+        Variant("VRPO, targets=critic", {**frozen, "targets": "critic"}),
         Variant("VRPO, online critic", {"reward_release_steps": 400_000}),
     )
     return {variant.name: variant for variant in listed}
@@ -135,6 +136,9 @@ class Trainer:
         size, dims = self.size, (self.size.dim,) if self.variant.aligned else ()
         common = {"input_size": size.latent[1], "in_channels": size.latent[0], "num_classes": CLASSES}
         if self.repa is not None:
+            if self._of_critic:  # the host asks for its encoders first, and gets their sizes alone
+                loaded = importlib.import_module("utils").load_encoders("dinov2-vit-b", self.device)
+                dims = tuple(encoder.embed_dim for encoder in loaded[0])
             sizes = {**SIT_MODELS[size.model], "decoder_hidden_size": SIT_MODELS[size.model]["hidden_size"]}
             options = {"z_dims": list(dims), "use_cfg": True, "fused_attn": True, "qk_norm": False}
             return importlib.import_module("models.sit").SiT(**common, **sizes, **options)
@@ -144,11 +148,16 @@ class Trainer:
             VRPOAligner.from_model(model, dims, latent_shape=size.latent, **settings).attach(model)
         return model
 
+    @property
+    def _of_critic(self) -> bool:
+        """The targets are the critic's: no encoder is there to give them."""
+        return (self.variant.settings or {}).get("targets") == "critic"
+
     def _host_loss(self) -> Any:
         loss = importlib.import_module("loss").SILoss()
 
         def compute(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-            denoising, projection = loss(self.model, x, {"y": y}, zs=[z])
+            denoising, projection = loss(self.model, x, {"y": y}, zs=[] if self._of_critic else [z])
             return denoising.mean() + 0.5 * projection.mean()
 
         return compute
@@ -164,7 +173,8 @@ class Trainer:
         if repa:
             return denoising - 0.5 * cosine_alignment(output[1][0].float(), z).mean()
         if hasattr(self.model, "vrpo"):
-            return denoising + self.model.vrpo(z, x0=x, x_t=x_t, t=t, velocity=velocity).loss
+            targets = None if self._of_critic else z
+            return denoising + self.model.vrpo(targets, x0=x, x_t=x_t, t=t, velocity=velocity).loss
         return denoising
 
     def use_encoder(self) -> None:

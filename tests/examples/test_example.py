@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vrpo_plugin.cli import main as vrpo_main
+from vrpo_plugin.modules.critic import LatentCritic, save_critic
 from vrpo_plugin.standalone.evaluate import EvalResult, evaluate
 from vrpo_plugin.standalone.sampler import sample
 from vrpo_plugin.standalone.sit import create_sit
@@ -80,6 +81,44 @@ def test_killed_run_resumes_bitwise(checkpointing_steps: int, encoder: Path, str
     assert not (tmp_path / "run" / "checkpoints" / "0000012").exists()
     resumed = harness.run(tmp_path, "run", "--resume", *every, encoder=encoder)
     harness.assert_same(resumed, straight, 12)
+
+
+@pytest.mark.parametrize("method", ["vrpo", "repa"])
+def test_a_critics_tokens_need_no_encoder(method: str, tmp_path: Path) -> None:
+    critic = tmp_path / "critic.safetensors"
+    save_critic(LatentCritic((1, 8, 8), (12,), (4, 4), width=16), critic)
+    settings = ("--targets", "critic", "--critic-checkpoint", str(critic), "--no-critic-trainable")
+    nowhere = tmp_path / "no-encoder-here.safetensors"  # would be an error where it is read
+    folder = harness.run(tmp_path, "run", "--method", method, *settings, encoder=nowhere)
+    rows = harness.metrics(folder)
+    assert len(rows) == 12 and rows[-1]["vrpo/align_cos"] > rows[0]["vrpo/align_cos"]
+    assert ("vrpo/reward/semantic" in rows[0]) == (method == "vrpo") and "vrpo/critic_cos" not in rows[0]
+    assert not list(folder.glob("*.safetensors")), "a small encoder was trained"
+    cut = harness.cut(folder, tmp_path / "cut", step=4)
+    resumed = harness.run(cut.parent, "cut", "--resume", "--method", method, *settings, encoder=nowhere)
+    harness.assert_same(resumed, folder, 12)
+
+
+def test_stored_features_train_as_the_encoder_does(encoder: Path, tmp_path: Path) -> None:
+    images, labels = all_images(DigitsSource())
+    np.savez(tmp_path / "digits.npz", images=images.numpy(), labels=labels.numpy())
+    data = ("--data-dir", str(tmp_path / "digits.npz"), "--resolution", "8", "--model", "SiT-Ti/2")
+    data = (*data, "--enc-type", "small", "--flip-prob", "0.5")
+    settings = ["cache-features", data[1], "-o", str(tmp_path / "features"), "--encoder", "small", "--resolution", "8"]
+    vrpo_main([*settings, "--encoder-checkpoint", str(encoder), "--num-workers", "0"])
+    online = harness.metrics(harness.run(tmp_path, "online", *data, encoder=encoder))
+    nowhere = tmp_path / "no-encoder-here.safetensors"
+    stored = ("--features-dir", str(tmp_path / "features"))
+    runs = [harness.run(tmp_path, f"{n}", *data, *stored, processes=n, encoder=nowhere) for n in (1, 2)]
+    for run in runs:
+        for ours, theirs in zip(harness.metrics(run), online, strict=True):
+            # fp16's rounding of the targets, which the steps after it feel; and another order of summation.
+            for key in ("loss", "proj_loss", "vrpo/reward/semantic", "vrpo/critic_cos"):
+                assert ours[key] == pytest.approx(theirs[key], rel=2e-3, abs=2e-4), key
+    np.savez(tmp_path / "fewer.npz", images=images[:900].numpy(), labels=labels[:900].numpy())
+    other = harness.launch(tmp_path, "other", *data, "--data-dir", str(tmp_path / "fewer.npz"), *stored)
+    assert other.returncode != 0 and "expected one of this data: 900 images" in other.stderr
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("options", [(), ("--method", "repa", "--gradient-accumulation-steps", "2")])

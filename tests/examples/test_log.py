@@ -26,7 +26,7 @@ def test_a_log_is_never_silent_and_ends_with_the_files(tmp_path: Path) -> None:
     assert process.wait() == 0, lines
     text = "".join(lines)
     assert "\r" not in text
-    order = ["data: 1,797 images in 10 classes, 1x8x8", "small encoder: 200/200 (100%)", "encoder: small, 64 features"]
+    order = ["data: 1,797 images in 10 classes, 1x8x8", "small encoder: 200/200 (100%)", "targets: small, 64 features"]
     order += ["model: vrpo: SiT-Ti/2 with heads", "run: 12/12 (100%)", "vrpo: Frechet distance"]
     order += [f"run: {tmp_path / 'run'}", "  checkpoints  checkpoints/0000012 and 2 more"]
     order += ["  samples      samples/0000012.png", "  metrics      metrics.jsonl, curves.png"]

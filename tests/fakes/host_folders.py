@@ -58,6 +58,7 @@ def fake_spec(name: str) -> HostSpec:
         model=here(spec.model),
         loss=None if spec.loss is None else here(spec.loss),
         verified=tuple(here(point) for point in spec.verified),
+        encoder_loader=None if spec.encoder_loader is None else here(spec.encoder_loader),
     )
 
 
@@ -90,7 +91,7 @@ class FakeHost:
     def apply(self, folder: Path, *, compat: Any = "all", **settings: Any) -> PatchHandle:
         """Applies VRPO in small sizes; in ``folder`` lie the files that a host without an encoder needs."""
         options = HostOptions(compat=compat)
-        if self.spec.encoder == "pixels":
+        if self.spec.encoder == "pixels" and settings.get("targets") != "critic":
             options = replace(options, encoder=ENCODER, encoder_checkpoint=str(encoder_file(folder)))
         if self.name == "lightningdit":
             settings = {"critic_checkpoint": str(critic_file(folder)), "critic_trainable": False, **settings}

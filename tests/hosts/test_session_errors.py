@@ -69,8 +69,15 @@ def on(*names: str) -> Callable[..., Any]:
 NOT_OURS = "{}: expected unset: the host's own {} is used, got {}. Set it there."
 NO_ALIGNMENT = "features: expected 'policy' or 'none': {} has no alignment loss of its own, got 'host'. With reward_"
 CRITIC = "critic_checkpoint: expected a pretrained critic, and frozen: lightningdit trains on latents without"
-REWARD = "reward_coeff, rewards: expected a reward of the critic, whose tokens are the targets of lightningdit: semant"
+NO_TARGETS = "targets: expected 'encoder': {}: {}"
+BY_CRITIC = {"targets": "critic", "critic_checkpoint": "none.pt", "critic_trainable": False}
 REFUSED = [
+    ("reg", BY_CRITIC, ConfigError, NO_TARGETS.format("reg", "its model generates the encoder's class token")),
+    ("irepa", BY_CRITIC, ConfigError, NO_TARGETS.format("irepa", "its script normalises its encoder's tokens")),
+    ("repae", BY_CRITIC, ConfigError, NO_TARGETS.format("repae", "its VAE is aligned with the encoder")),
+    ("repa", {**BY_CRITIC, "features": "host"}, ConfigError, NO_TARGETS.format("repa", "with features='host' its own")),
+    ("repa", BY_CRITIC, CheckpointError, "none.pt: expected a critic file, got FileNot"),
+    ("sit", BY_CRITIC, CheckpointError, "none.pt: expected a critic file, got FileNot"),
     *((name, {"path_type": "cosine"}, ConfigError, NOT_OURS.format("path_type", "path", "cosine")) for name in HOSTS),
     *(
         (name, {"proj_coeff": 1.0}, ConfigError, NOT_OURS.format("proj_coeff", "--proj-coeff", "1.0"))
@@ -79,8 +86,6 @@ REFUSED = [
     *((name, {"features": "host"}, ConfigError, NO_ALIGNMENT.format(name)) for name in OTHERS),
     ("lightningdit", {"critic_checkpoint": None, "critic_trainable": True}, ConfigError, CRITIC),
     ("lightningdit", {"critic_trainable": True}, ConfigError, CRITIC),
-    ("lightningdit", {"reward_coeff": 0.0}, ConfigError, REWARD),
-    ("lightningdit", {"rewards": ("fidelity",)}, ConfigError, REWARD),
     ("lightningdit", {"critic_checkpoint": "none.pt"}, CheckpointError, "none.pt: expected a critic file, got FileNot"),
     ("repa", {"compat": "resum"}, ConfigError, "got 'resum'. Did you mean 'resume'?"),
     ("repa", {"compat": ("sit_s", "wandb_entity")}, ConfigError, "compat of repa key: expected one of dynamo_ema, "),

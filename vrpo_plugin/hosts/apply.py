@@ -21,6 +21,7 @@ from vrpo_plugin.hosts.guard import HostGuard, make_fused
 from vrpo_plugin.hosts.known import HOSTS, find_spec, host_of_script
 from vrpo_plugin.hosts.libraries import libraries_of, verify_libraries
 from vrpo_plugin.hosts.metrics import Tracker
+from vrpo_plugin.hosts.no_encoder import loader_seams, settle
 from vrpo_plugin.hosts.options import CONFIG_KEYS, KEYS, OPTION_KEYS, HostOptions, resolve_settings
 from vrpo_plugin.hosts.pixels import read_critic_targets
 from vrpo_plugin.hosts.wrap import model_and_loss
@@ -68,7 +69,11 @@ def apply_vrpo(
     config, options = _settings(config, options, overrides)
     check_settings(spec, config, options)
     idle = changes_nothing(spec, config)
-    targets = read_critic_targets(config, spec.name) if spec.encoder == "critic" and not idle else None
+    given, targets = config, None
+    if not idle:
+        spec, config = settle(spec, config)
+    if config.targets == "critic" and not idle:
+        targets = read_critic_targets(config, spec.name)
     modules = {point.file: _import(spec, point) for point in spec.points}
     root = _root(spec.model, modules[spec.model.file])
     verify_points(root, spec.points, allow_unverified=options.allow_unverified)
@@ -84,13 +89,14 @@ def apply_vrpo(
         return [
             *model_and_loss(session),
             *spec.seams(session),
+            *loader_seams(session),
             *(seam for shim in shims for seam in shim.seams(session, shim)),
             *(one.seam(session) for one in libraries),
             *([_step_hooks(session)] if limit and not idle else []),
             *(hook for shim in shims for hook in shim.hooks(session, shim)),
         ]
 
-    return apply_patch(spec.name, (config, options), seams)
+    return apply_patch(spec.name, (given, options), seams)
 
 
 def _step_hooks(session: Session) -> Hook:

@@ -11,7 +11,8 @@ from vrpo_plugin.errors import CheckpointError
 from vrpo_plugin.functional.interpolant import noisy_sample
 from vrpo_plugin.hosts.aligner import HostAligner
 from vrpo_plugin.hosts.base import Aligned, Session
-from vrpo_plugin.hosts.pixels import load_pixel_targets
+from vrpo_plugin.hosts.no_encoder import check_not_loaded
+from vrpo_plugin.hosts.pixels import load_pixel_targets, of_latents
 from vrpo_plugin.hosts.units import to_aligner
 
 logger = logging.getLogger("vrpo_plugin")
@@ -27,9 +28,12 @@ def install(session: Session, model: nn.Module) -> None:
         config = replace(config, proj_coeff=0.0)
     if session.total_calls is not None:
         config = config.for_run(session.total_calls)
+    check_not_loaded(session)
     sizes = spec.sizes(model)
-    if session.targets is None and spec.encoder == "pixels":
-        session.targets = load_pixel_targets(session.options, sizes["latent_shape"])
+    if spec.encoder == "pixels":
+        if session.targets is None:
+            session.targets = load_pixel_targets(session.options, sizes["latent_shape"])
+        session.targets = of_latents(session.targets, sizes["latent_shape"])
     if session.targets is not None:
         sizes |= {"target_dims": session.targets.dims, "token_grid": session.targets.grid}
         if config.critic_checkpoint is not None:
@@ -80,7 +84,8 @@ def align(
     if x is None:
         x, _ = noisy_sample(inputs["x0"], inputs["noise"], t, inputs["path"])
     fields = to_aligner(session.spec.in_forward(inputs, x, t, output))
-    out = model.vrpo(inputs["z"], x0=inputs["x0"], y=inputs.get("y"), **fields)
+    z = None if session.encoder == "critic" else inputs["z"]
+    out = model.vrpo(z, x0=inputs["x0"], y=inputs.get("y"), **fields)
     features, metrics = None, out.metrics
     if session.spec.has_alignment_loss and session.replaces_features:
         features = out.release * out.features_loss

@@ -149,7 +149,7 @@ class Session:
         idle: nothing is changed (``reward_coeff=0`` and ``features="host"``): no aligner is made.
         guard: leaves out steps that are not finite.
         tracker: the newest metrics.
-        targets: where the encoder's tokens come from, in a host that has no encoder.
+        targets: where the encoder's tokens come from, where it is not the host's encoder.
         shims: those that are on.
         total_calls: of the aligner in this run, where the host says it.
         earlier_calls: that a resumed run has made, with an aligner or without.
@@ -179,6 +179,11 @@ class Session:
     def model_class(self) -> Any:
         """The host's model class."""
         return getattr(self.modules[self.spec.model.file], self.spec.model_class)
+
+    @property
+    def encoder(self) -> str:
+        """Where encoder tokens come from in this application, as ``HostSpec.encoder``."""
+        return "critic" if self.config.targets == "critic" else self.spec.encoder
 
     @property
     def replaces_features(self) -> bool:
@@ -257,6 +262,9 @@ class HostSpec:
         has_alignment_loss: the host has projectors and an alignment loss of its own, with a weight of its own.
         encoder: where encoder tokens come from: ``host`` (``before_loss`` returns them), ``pixels`` (the plugin's
             frozen encoder, on what the host's VAE encodes) or ``critic`` (a pretrained critic in place of an encoder).
+        encoder_loader: of a host with an encoder: its function that loads it, by REPA's contract. With
+            ``targets="critic"`` it is replaced, and no encoder is loaded. None: that setting is refused.
+        needs_encoder: why that setting is refused.
         prefix_tokens: as in ``VRPOAligner``.
         log_key: a name in the host's logged scalars; ours go beside it.
         seams: session to further replacements in the host.
@@ -283,6 +291,8 @@ class HostSpec:
     blocks: str = "blocks"
     has_alignment_loss: bool = False
     encoder: Literal["host", "pixels", "critic"] = "host"
+    encoder_loader: SourcePoint | None = None
+    needs_encoder: str = "its script loads and runs its encoder, and nothing here says how to leave it out"
     prefix_tokens: int = 0
     log_key: str | None = None
     seams: Callable[[Session], Sequence[Seam]] = _nothing

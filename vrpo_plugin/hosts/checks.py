@@ -36,8 +36,9 @@ def check_settings(spec: HostSpec, config: VRPOConfig, options: HostOptions) -> 
     default = VRPOConfig()
     found = [(name, getattr(config, name), why) for name, why in owned.items()]
     found = [(name, given, why) for name, given, why in found if given != getattr(default, name)]
-    if spec.encoder != "pixels":
-        owner = "its own encoder (--enc-type)" if spec.encoder == "host" else "the tokens of its critic_checkpoint"
+    of_critic = "critic" in (spec.encoder, config.targets)
+    if spec.encoder != "pixels" or of_critic:
+        owner = "the tokens of its critic_checkpoint" if of_critic else "its own encoder (--enc-type)"
         why = f"{spec.name} trains with {owner}"
         given = {"encoder": options.encoder, "encoder_checkpoint": options.encoder_checkpoint}
         found += [(name, repr(value), why) for name, value in given.items() if value is not None]
@@ -50,4 +51,15 @@ def check_settings(spec: HostSpec, config: VRPOConfig, options: HostOptions) -> 
             got="'host'",
             do="With reward_coeff=0 and features='none' nothing is changed.",
         )
+    if config.targets == "critic" and spec.encoder == "host":
+        _check_without_encoder(spec, config)
     selected(spec, options)
+
+
+def _check_without_encoder(spec: HostSpec, config: VRPOConfig) -> None:
+    why = "" if spec.encoder_loader is not None else spec.needs_encoder
+    if config.features == "host":
+        why = "with features='host' its own alignment loss needs the encoder's tokens"
+    if why:
+        do = "Set targets=encoder (VRPO_TARGETS=encoder), which is the default."
+        raise ConfigError("targets", expected=f"'encoder': {spec.name}: {why}", got="'critic'", do=do)

@@ -71,6 +71,7 @@ IREPA = HostSpec(
         ),
     ),
     folder="ldm",
+    needs_encoder="its script normalises its encoder's tokens step by step",
     insertions=(Insertion("train.py", "from loss import SILoss", apply_line("irepa")),),
     notes=(GRAD_NORM,),
     shims=(*SIT_SHIMS, compat.NUM_CLASSES),

@@ -89,7 +89,8 @@ def _add_scalar(session: Session, original: Any) -> Any:
 def _encode(session: Session, original: Any) -> Any:
     @wraps(original)
     def encode(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        session.cache["pixels"] = x
+        if session.encoder == "pixels":
+            session.cache["pixels"] = x
         return original(self, x, *args, **kwargs)
 
     return encode

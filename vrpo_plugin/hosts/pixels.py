@@ -1,6 +1,6 @@
 """Encoder tokens for hosts that make none: from the pixels that their VAE sees, or from a pretrained critic."""
 
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from vrpo_plugin.encoders import Targets, identify, load_encoders
 from vrpo_plugin.errors import ConfigError, HostChangedError
 from vrpo_plugin.hosts.base import Session
 from vrpo_plugin.hosts.options import DEFAULT_ENCODER, HostOptions
-from vrpo_plugin.modules.critic import read_critic_sizes
 
 VAE_FACTOR = 8  # pixels per latent of the SD-VAE, the only one that SiT and DiT use
 LATENTS_SCALE = 0.18215  # both, in their train.py
@@ -30,15 +29,19 @@ def load_pixel_targets(options: HostOptions, latent_shape: tuple[int, int, int])
         token_grid=grid,
         checkpoints=files.split(",") if files else None,
     )
-    resolution = VAE_FACTOR * latent_shape[-1]
-    return Targets(encoders.dims, grid, encoders, lambda: identify(encoders), resolution, LATENTS_SCALE)
+    return Targets(encoders.dims, grid, encoders, lambda: identify(encoders))
+
+
+def of_latents(targets: Targets, latent_shape: tuple[int, int, int]) -> Targets:
+    """The same, with what is known of a host's images and latents."""
+    return replace(targets, resolution=VAE_FACTOR * latent_shape[-1], latent_scale=LATENTS_SCALE)
 
 
 def read_critic_targets(config: VRPOConfig, host: str) -> Targets:
-    """What a pretrained critic was taught, for a host that trains on latents without their images.
+    """What a pretrained critic was trained for, whose tokens stand for the encoder's.
 
     Raises:
-        ConfigError: the configuration names none, would go on training it, or makes no critic.
+        ConfigError: the configuration names none, or would go on training it.
         CheckpointError: the file is missing or damaged.
     """
     if config.critic_checkpoint is None or config.critic_trainable:
@@ -48,15 +51,7 @@ def read_critic_targets(config: VRPOConfig, host: str) -> Targets:
             got=f"{config.critic_checkpoint}, critic_trainable={config.critic_trainable}",
             do="Write one with 'vrpo train-critic' on these latents, and set critic_trainable=false.",
         )
-    if config.reward_coeff == 0 or not {"semantic", "perceptual"} & {*config.rewards}:
-        raise ConfigError(
-            "reward_coeff, rewards",
-            expected=f"a reward of the critic, whose tokens are the targets of {host}: semantic or perceptual",
-            got=f"reward_coeff={config.reward_coeff}, rewards={config.rewards}",
-            do="Set reward_coeff above 0, and name one of these rewards.",
-        )
-    sizes = read_critic_sizes(Path(config.critic_checkpoint))
-    return Targets(tuple(sizes["target_dims"]), tuple(sizes["token_grid"]), lambda images: ())
+    return Targets.of_critic(config.critic_checkpoint)
 
 
 def tokens_from_pixels(session: Session, x0: Tensor) -> tuple[Tensor, ...]:
@@ -80,11 +75,3 @@ def tokens_from_pixels(session: Session, x0: Tensor) -> tuple[Tensor, ...]:
         session.cache["encoder device"] = x0.device
     with torch.no_grad():
         return encode(pixels)
-
-
-def tokens_from_critic(model: Any, x0: Tensor) -> tuple[Tensor, ...]:
-    """What a frozen, pretrained critic says that the encoder sees in clean latents."""
-    inner = getattr(model, "module", model)  # DDP, once or twice
-    inner = getattr(inner, "module", inner)
-    with torch.no_grad():
-        return inner.vrpo.critic(x0).tokens

@@ -31,6 +31,7 @@ REG = HostSpec(
     ),
     insertions=(Insertion("train.py", "from loss import SILoss", apply_line("reg")),),
     prefix_tokens=1,
+    needs_encoder="its model generates the encoder's class token, which a critic does not predict",
     notes=(GRAD_NORM,),
     shims=SIT_SHIMS,
     **SILOSS,

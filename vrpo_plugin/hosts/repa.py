@@ -2,7 +2,7 @@
 
 from vrpo_plugin.hosts import compat
 from vrpo_plugin.hosts.base import HostSpec, apply_line, point
-from vrpo_plugin.hosts.siloss import GRAD_NORM, SILOSS, SIT_SHIMS
+from vrpo_plugin.hosts.siloss import GRAD_NORM, SILOSS, SIT_SHIMS, encoder_loader
 from vrpo_plugin.patching.source import Insertion
 
 LOSS = point(
@@ -11,6 +11,7 @@ LOSS = point(
     "self model images model_kwargs zs",
     {"67f7145": "5f79f327f7be75e4bcbdd3722c04bd723d606269fad36a4a09f0145d361d7338"},
 )
+LOADER = encoder_loader({"67f7145": "62570db621f4926fdf09fe50d8cb55c185892593d292c5111e0ef0a60756e1a2"})
 
 REPA = HostSpec(
     name="repa",
@@ -32,6 +33,7 @@ REPA = HostSpec(
         ),
     ),
     insertions=(Insertion("train.py", "from loss import SILoss", apply_line("repa")),),
+    encoder_loader=LOADER,
     notes=(GRAD_NORM,),
     shims=(*SIT_SHIMS, compat.NUM_CLASSES),
     **SILOSS,

@@ -3,7 +3,7 @@
 from typing import Any
 
 from vrpo_plugin.hosts.base import HostSpec, Note, apply_line, point
-from vrpo_plugin.hosts.repa import LOSS
+from vrpo_plugin.hosts.repa import LOADER, LOSS
 from vrpo_plugin.hosts.siloss import SHIMS, SILOSS
 from vrpo_plugin.patching.source import Insertion
 
@@ -42,6 +42,7 @@ REPA_T2I = HostSpec(
     ),
     insertions=(Insertion("train_t2i.py", "from loss import SILoss", apply_line("repa_t2i")),),
     blocks="joint_blocks",
+    encoder_loader=LOADER,
     notes=(
         Note(
             "train_t2i.py",

@@ -97,6 +97,7 @@ REPAE = HostSpec(
         for script in ("train_repae.py", "train_ldm_only.py")
     ),
     has_alignment_loss=True,
+    needs_encoder="its VAE is aligned with the encoder, and a critic is trained for one VAE",
     log_key="proj_loss",
     sizes=siloss.sizes,
     in_forward=in_forward,

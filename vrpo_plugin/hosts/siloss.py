@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from vrpo_plugin.hosts import compat
-from vrpo_plugin.hosts.base import Aligned, Note, Session, sizes_of_model
+from vrpo_plugin.hosts.base import Aligned, Note, Session, point, sizes_of_model
 from vrpo_plugin.hosts.libraries import ACCELERATE_LOG
+from vrpo_plugin.patching.fingerprint import SourcePoint
 
 
 def before_loss(session: Session, loss: Any, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -15,7 +16,8 @@ def before_loss(session: Session, loss: Any, arguments: dict[str, Any]) -> dict[
     labels = (arguments["model_kwargs"] or {}).get("y")
     if session.replaces_features:
         # One token of one sample: the host's loop over samples is entered once, and its result dropped.
-        arguments["zs"] = [images.new_zeros(1, 1, 1) for _ in z]
+        encoders = z if session.targets is None else session.targets.dims
+        arguments["zs"] = [images.new_zeros(1, 1, 1) for _ in encoders]
     return {"x0": images, "z": z, "y": labels, "path": loss.path_type}
 
 
@@ -53,6 +55,11 @@ def read_length(session: Session, arguments: argparse.Namespace) -> None:
     if steps:
         session.total_calls = steps * calls
         session.earlier_calls = (getattr(arguments, "resume_step", None) or 0) * calls
+
+
+def encoder_loader(fingerprints: Mapping[str, str]) -> SourcePoint:
+    """``load_encoders`` of ``utils.py``: encoders, their types and architectures, which the script zips in its loop."""
+    return point("utils.py", "load_encoders", "enc_type device resolution", fingerprints)
 
 
 GRAD_NORM = Note(

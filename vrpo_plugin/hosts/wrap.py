@@ -12,7 +12,7 @@ from vrpo_plugin.errors import HostChangedError, HostNotFoundError
 from vrpo_plugin.hosts.aligner import HostAligner
 from vrpo_plugin.hosts.attach import align, install
 from vrpo_plugin.hosts.base import Aligned, HostSpec, Session
-from vrpo_plugin.hosts.pixels import tokens_from_critic, tokens_from_pixels
+from vrpo_plugin.hosts.pixels import tokens_from_pixels
 from vrpo_plugin.patching.handle import Seam
 
 Method = Callable[..., Any]
@@ -107,10 +107,8 @@ def wrap_loss(session: Session, label: str) -> Callable[[Method], Method]:
             if not session.handle.fired[spec.must_run[0]] and not _has_aligner(model):
                 raise model_built_too_early(spec)
             inputs = spec.before_loss(session, self, call.arguments)
-            if spec.encoder == "pixels":
+            if session.encoder == "pixels":
                 inputs["z"] = tokens_from_pixels(session, inputs["x0"])
-            elif spec.encoder == "critic":
-                inputs["z"] = tokens_from_critic(model, inputs["x0"])
             proxy = ModelProxy(session, model, inputs)
             call.arguments["model"] = proxy
             result = original(*call.args, **call.kwargs)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vrpo_plugin.config import VRPOConfig, check_keys
-from vrpo_plugin.errors import ConfigError, HostNotFoundError, PatchConflictError
+from vrpo_plugin.errors import ConfigError, HostNotFoundError, PatchConflictError, ShapeError
 from vrpo_plugin.functional.interpolant import clean_estimate
 from vrpo_plugin.functional.rewards import RewardState
 from vrpo_plugin.functional.schedules import schedule_left
-from vrpo_plugin.functional.tensors import finite_or_zero, promote
+from vrpo_plugin.functional.tensors import finite_or_zero, finite_samples, promote, zero_unless
 from vrpo_plugin.modules.actions import Reward
 from vrpo_plugin.modules.checks import (
     CallChecks,
@@ -26,7 +26,14 @@ from vrpo_plugin.modules.checks import (
     sizes_of_model,
     warn_without_gradient,
 )
-from vrpo_plugin.modules.critic import CriticPurpose, LatentCritic, check_purpose, load_critic_weights
+from vrpo_plugin.modules.critic import (
+    CriticOutput,
+    CriticPurpose,
+    LatentCritic,
+    check_purpose,
+    load_critic_weights,
+    read_critic,
+)
 from vrpo_plugin.modules.features import FeaturesOutput, TokenGrids, align_features
 from vrpo_plugin.modules.generation import GenerationReadout
 from vrpo_plugin.modules.projector import build_projector
@@ -58,7 +65,8 @@ class VRPOOutput:
         reward_release: share of the generation part that its schedule has left, in [0, 1]; 0 after a fallback.
         critic_loss: scalar, 1 - mean cosine of the critic on clean latents.
         rewards: name to (B,), without gradient; NaN where a reward is not finite or did not score the sample, and once
-            the rewards have lost their weight for good: then neither they nor the critic are run in training mode.
+            the rewards have lost their weight for good: then neither they nor the critic are run in training mode
+            (with ``targets="critic"`` the critic still is, on clean latents).
         weights: name to (B,), the share of each optimised reward at each sample's noise level.
         advantages: (B,), of each sample against what its noise level is remembered for.
         metrics: log name to scalar tensor on the device, without gradient.
@@ -151,12 +159,17 @@ class VRPOAligner(nn.Module):
         self.layers = resolve_layers(self.config.layers, depth, encoder_depth=encoder_depth)
         self.grids = TokenGrids.of(latent_shape, token_grid, prefix_tokens)
         self.taps = Taps(self.layers)
+        self.target_critic: LatentCritic | None = None
+        if self.config.targets == "critic" and prefix_tokens:
+            _refuse("targets", f"'encoder' with {prefix_tokens} tokens before the grid: a critic has none", "critic")
         self._watch = UpdateWatch()
         self._end = RewardsEnd()
         with torch.random.fork_rng(devices=[]):
             self.projectors = self._build_projectors()
             purpose = replace(critic_purpose or CriticPurpose(), target_norm=self.config.target_norm)
             self.generation = self._build_generation(latent_shape, purpose, rewards or {}, black_box_rewards or {})
+            if self.config.targets == "critic" and self.critic is None:  # no reward needs it, but the targets do
+                self.target_critic = self._build_critic(latent_shape, purpose)
         self._checks = CallChecks(
             self.target_dims,
             self.layers,
@@ -202,39 +215,50 @@ class VRPOAligner(nn.Module):
             _refuse("rewards", "at least one, or reward_coeff=0", ())
         critic = None
         if {"semantic", "perceptual"} & set(self.config.rewards):
-            if latent_shape is None or self.grids.tokens is None:
-                _refuse("latent_shape", "(C, H, W), for the critic", latent_shape)
-            channels, height, side = latent_shape
-            critic = LatentCritic(
-                (channels, height, side), self.target_dims, self.grids.tokens, width=self.config.critic_width
-            )
-            if self.config.critic_checkpoint is not None:
-                path = Path(self.config.critic_checkpoint)
-                check_purpose(path, load_critic_weights(critic, path), purpose)
-            critic.requires_grad_(self.config.critic_trainable)
+            critic = self._build_critic(latent_shape, purpose)
         return GenerationReadout(self.config, critic, rewards, black_box_rewards)
+
+    def _build_critic(self, latent_shape: Sequence[int] | None, purpose: CriticPurpose) -> LatentCritic:
+        tokens = self.grids.tokens
+        if latent_shape is None or tokens is None:
+            _refuse("latent_shape", "(C, H, W), for the critic", latent_shape)
+        channels, height, side = latent_shape
+        critic = LatentCritic((channels, height, side), self.target_dims, tokens, width=self.config.critic_width)
+        if self.config.critic_checkpoint is not None:
+            path = Path(self.config.critic_checkpoint)
+            check_purpose(path, load_critic_weights(critic, path), purpose)
+        return critic.requires_grad_(self.config.critic_trainable)
 
     @property
     def critic(self) -> LatentCritic | None:
         """The critic, where one is made."""
-        return None if self.generation is None else self.generation.critic
+        scoring = None if self.generation is None else self.generation.critic
+        return self.target_critic if scoring is None else scoring
 
     @classmethod
-    def from_model(cls, model: nn.Module, encoder: Any, **kwargs: Any) -> "VRPOAligner":
+    def from_model(cls, model: nn.Module, encoder: Any = None, **kwargs: Any) -> "VRPOAligner":
         """Infers the sizes from a SiT- or DiT-like model and an encoder, and logs what it chose.
 
         Args:
             model: has ``blocks``, ``pos_embed`` (1, N, D), ``in_channels`` and ``x_embedder.img_size``.
             encoder: has ``dims`` (or ``dim``) and ``grid``, as ``vrpo_plugin.encoders.load_encoder`` gives; or
-                the dimensions themselves.
+                the dimensions themselves. With ``targets="critic"`` None: the critic's file says them.
             **kwargs: passed to the constructor, taking precedence.
 
         Raises:
             HostNotFoundError: the model lacks one of these.
+            CheckpointError: there is no encoder, and the critic's file is missing or damaged.
         """
-        chosen = {**sizes_of_model(model), **sizes_of_encoder(encoder), **kwargs}
-        config = kwargs.get("config")
-        checkpoint = kwargs.get("critic_checkpoint", config.critic_checkpoint if config is not None else None)
+        config = kwargs.get("config") or VRPOConfig()
+        checkpoint = kwargs.get("critic_checkpoint", config.critic_checkpoint)
+        if encoder is not None:
+            sizes = sizes_of_encoder(encoder)
+        elif kwargs.get("targets", config.targets) == "critic" and checkpoint is not None:
+            of_file, _ = read_critic(Path(checkpoint))
+            sizes = {"target_dims": tuple(of_file["target_dims"]), "token_grid": tuple(of_file["token_grid"])}
+        else:
+            _refuse("encoder", "the frozen encoder, or targets='critic' with a critic_checkpoint", encoder)
+        chosen = {**sizes_of_model(model), **sizes, **kwargs}
         if checkpoint is not None and isinstance(encoder, HasPurpose) and "critic_purpose" not in chosen:
             chosen["critic_purpose"] = encoder.critic_purpose()
         aligner = cls(**chosen)
@@ -297,7 +321,7 @@ class VRPOAligner(nn.Module):
 
     def forward(
         self,
-        z: Tensor | Sequence[Tensor],
+        z: Tensor | Sequence[Tensor] | None = None,
         *,
         x0: Tensor | None = None,
         x_t: Tensor | None = None,
@@ -313,7 +337,8 @@ class VRPOAligner(nn.Module):
         """Rewards of one batch and the loss they give (equation 16).
 
         Args:
-            z: frozen tokens of the clean images, (B, N, D) or one per encoder.
+            z: frozen tokens of the clean images, (B, N, D) or one per encoder; None with ``targets="critic"``, whose
+                tokens of ``x0`` they are then.
             x0: clean latents (B, C, H, W).
             x_t: noisy latents (B, C, H, W).
             t: times (B,), 0 = data, 1 = noise.
@@ -334,6 +359,8 @@ class VRPOAligner(nn.Module):
             ConfigError: a black-box reward without ``generator``; times outside [0, 1], on the first call; a call that
                 DDP cannot see under ``find_unused_parameters=True``.
         """
+        clean = self._look_at_clean(z, x0) if self.config.targets == "critic" else None
+        z = z if clean is None else clean.tokens
         given = self._given(z, hidden, z_tilde, x0=x0, x_t=x_t, t=t, estimate=velocity if x0_hat is None else x0_hat)
         self._check(given, step)
         targets, batch = given.targets, len(given.targets[0])
@@ -365,7 +392,7 @@ class VRPOAligner(nn.Module):
         if self.training and self._has_ended(reward_release):
             generated = self.generation.idle(batch)
         else:
-            generated = self.generation(self._state(given, targets, velocity, x0_hat, y, step), generator)
+            generated = self.generation(self._state(given, targets, velocity, x0_hat, y, step), generator, clean)
         if self.config.fallback:
             reward_release = reward_release * self.generation.watch.share
         weight = self.config.reward_coeff * reward_release
@@ -386,6 +413,18 @@ class VRPOAligner(nn.Module):
             advantages=generated.advantages,
             metrics=metrics,
         )
+
+    def _look_at_clean(self, z: object, x0: Tensor | None) -> CriticOutput:
+        """What the frozen critic sees in the clean latents: its tokens are the targets, its features a reward's."""
+        critic = self.critic
+        assert critic is not None  # made in the constructor
+        if z is not None:
+            _refuse("z", "none with targets='critic'", type(z).__name__, "Leave it out, or set targets='encoder'.")
+        if not isinstance(x0, Tensor):
+            raise ShapeError("x0", expected="clean latents, for targets='critic'", got=x0, do="Pass x0=.")
+        with torch.no_grad():
+            # A sample that is not finite is left out by its latents; its tokens would spoil a gradient.
+            return critic(zero_unless(finite_samples(x0), x0))
 
     def _given(self, z: Any, hidden: Any, z_tilde: Any, **latents: Tensor | None) -> Given:
         tokens: tuple[Tensor, ...] = ()
@@ -453,5 +492,5 @@ def _tuple(tensors: Any) -> tuple[Tensor, ...]:
     return tuple(tensors) if isinstance(tensors, (list, tuple)) else () if tensors is None else (tensors,)
 
 
-def _refuse(name: str, expected: str, got: object) -> NoReturn:
-    raise ConfigError(name, expected=expected, got=repr(got), do="Correct it.")
+def _refuse(name: str, expected: str, got: object, do: str = "Correct it.") -> NoReturn:
+    raise ConfigError(name, expected=expected, got=repr(got), do=do)

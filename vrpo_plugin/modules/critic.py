@@ -199,13 +199,13 @@ def check_purpose(path: Path, record: dict[str, Any], wanted: CriticPurpose) -> 
         )
 
 
-def read_critic_sizes(path: Path) -> dict[str, Any]:
-    """The sizes of the critic in a file, as :meth:`LatentCritic.sizes` gives them.
+def read_critic(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The sizes of the critic in a file, as :meth:`LatentCritic.sizes` gives them, and the record of its training.
 
     Raises:
         CheckpointError: the file is missing or damaged.
     """
-    return _read_critic(path)[1]
+    return _read_critic(path)[1:]
 
 
 def _read_critic(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:

@@ -83,8 +83,10 @@ class GenerationReadout(nn.Module):
         super().__init__()
         self.config = config
         self.critic = critic
-        # A frozen critic's view of x0 is the other side of ``perceptual``; nothing else asks for it.
-        self.sees_clean = critic is not None and (config.critic_trainable or "perceptual" in config.rewards)
+        # A frozen critic's view of x0 is the other side of ``perceptual``; nothing else asks for it. Where its tokens
+        # are the targets, the aligner has looked already, and agreement with itself is no news.
+        needed = critic is not None and (config.critic_trainable or "perceptual" in config.rewards)
+        self.sees_clean = needed and config.targets == "encoder"
         # No module: the user's frozen networks must not reach the EMA, the optimizer or the checkpoint.
         self.table = RewardTable(config, rewards, black_box_rewards, agreement=self.sees_clean)
         self.statistics = RewardStatistics(self.table.rows)
@@ -98,12 +100,15 @@ class GenerationReadout(nn.Module):
             self.shares = self.table.shares(self.config).to(self.shares.device)  # type: ignore[union-attr]
         return self
 
-    def forward(self, state: RewardState, generator: torch.Generator | None = None) -> GenerationOutput:
+    def forward(
+        self, state: RewardState, generator: torch.Generator | None = None, clean: CriticOutput | None = None
+    ) -> GenerationOutput:
         """Scores a batch.
 
         Args:
             state: what the rewards look at; samples that are not finite are left out.
             generator: for the policy's actions, needed with black-box rewards.
+            clean: what the critic sees in ``state.x0``, where its tokens are the targets; finite.
 
         Raises:
             ConfigError: black-box rewards without a generator.
@@ -111,7 +116,7 @@ class GenerationReadout(nn.Module):
         """
         state, sound = _without_nonfinite(state)
         table, estimate = self.table, state.x0_hat
-        agreement, clean = self._look_at_clean(state)
+        agreement, clean = self._look_at_clean(state) if clean is None else (state.t, clean)
         # Compiled code plans its memory itself, and cannot take a gradient inside a forward pass.
         early = estimate.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         leaf = estimate.detach().requires_grad_() if early else estimate

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Sampler
 
 from vrpo_plugin.errors import ConfigError
 from vrpo_plugin.functional.interpolant import PATH_TYPES, PathType
+from vrpo_plugin.standalone.feature_cache import FeatureCache
 from vrpo_plugin.standalone.source_files import data_error
 from vrpo_plugin.standalone.sources import Source
 
@@ -37,11 +38,12 @@ class TrainingSamples(Dataset[dict[str, Tensor]]):
         time_sampling: ``uniform``, or ``lognormal``: sigma = exp(normal), t = sigma / (1 + sigma) on the
             linear path, (2 / pi) atan(sigma) on the cosine path.
         path_type: ``linear`` or ``cosine``.
+        features: stored tokens of the images, mirrored with them; None without.
 
     Returns:
         Per item: ``image`` uint8 (C, H, W); ``x0`` float32, pixels in [-1, 1] or a latent drawn from the
         moments and scaled by 0.18215; ``noise`` float32 like ``x0``; ``t`` float32 () in [0, 1];
-        ``y`` int64 (); ``drop`` bool ().
+        ``y`` int64 (); ``drop`` bool (); ``features`` where they are stored.
 
     Raises:
         ConfigError: a setting is unknown or out of range.
@@ -59,6 +61,7 @@ class TrainingSamples(Dataset[dict[str, Tensor]]):
         label_drop_prob: float = 0.1,
         time_sampling: TimeSampling = "uniform",
         path_type: PathType = "linear",
+        features: FeatureCache | None = None,
     ) -> None:
         for name, value in (("flip_prob", flip_prob), ("label_drop_prob", label_drop_prob)):
             if not 0 <= value <= 1:
@@ -69,7 +72,7 @@ class TrainingSamples(Dataset[dict[str, Tensor]]):
         ):
             if choice not in choices:
                 raise ConfigError(name, expected=f"one of {choices}", got=repr(choice), do="Choose one.")
-        self.source, self.seed = source, seed
+        self.source, self.seed, self.features = source, seed, features
         self.flip_prob, self.label_drop_prob = flip_prob, label_drop_prob
         self.time_sampling, self.path_type = time_sampling, path_type
         self._permutation: tuple[int, Tensor] | None = None
@@ -89,15 +92,18 @@ class TrainingSamples(Dataset[dict[str, Tensor]]):
         flip, drop, uniform = torch.rand(3, generator=generator)
         normal = torch.randn((), generator=generator)
         noise = torch.randn(self.source.latent_shape, generator=generator)
+        flipped = moments is None and bool(flip < self.flip_prob)
         if moments is None:
-            image = image.flip(-1) if flip < self.flip_prob else image
+            image = image.flip(-1) if flipped else image
             x0 = image / 127.5 - 1
         else:
             mean, std = moments.chunk(2)
             x0 = (mean + std * torch.randn(mean.shape, generator=generator)) * LATENTS_SCALE
         if not x0.isfinite().all():
             raise data_error(f"sample {index}", "finite latents", "inf or nan", "Encode this image again.")
+        stored = {} if self.features is None else {"features": self.features.read(index, flipped)}
         return {
+            **stored,
             "image": image,
             "x0": x0,
             "noise": noise,

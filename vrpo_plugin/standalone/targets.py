@@ -1,5 +1,6 @@
 """Target encoders by name: timm's and REPA's names, or a small network trained on the spot."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,33 @@ import torch
 from vrpo_plugin.encoders import Targets, identify, load_encoders
 from vrpo_plugin.errors import ConfigError, DataError
 from vrpo_plugin.standalone.data import LATENTS_SCALE
+from vrpo_plugin.standalone.feature_cache import FeatureCache
 from vrpo_plugin.standalone.sources import Source, all_images
 
 SMALL = "small"
 SMALL_SEED = 0  # fixed, so that runs of all seeds and methods share the encoder
 SMALL_IMAGES = 20_000
 FEWEST_IMAGES, FEWEST_CLASSES = 40, 2  # as train-critic wants at least: fewer give features of nothing
+
+
+def critic_targets(checkpoint: str, source: Source) -> Targets:
+    """What a pretrained critic of such data was trained for, in place of the encoder; it has nothing to encode.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    return replace(Targets.of_critic(checkpoint), **_of_data(source))
+
+
+def cached_targets(cache: FeatureCache, source: Source) -> Targets:
+    """What a cache of features holds, in place of the encoder: the loader reads it, nothing is encoded."""
+    own = cache.identity
+    return Targets(own.dims, own.grid, lambda images: (), lambda: own.encoder, **_of_data(source))
+
+
+def _of_data(source: Source) -> dict[str, Any]:
+    scale = 1.0 if source.latent_shape == source.image_shape else LATENTS_SCALE
+    return {"resolution": source.image_shape[-1], "latent_scale": scale}
 
 
 def load_targets(
@@ -44,10 +66,7 @@ def load_targets(
         if shape[-1] != shape[-2]:
             do = "Crop the images before they are encoded."
             raise ConfigError(name, expected="squares, as the encoders see them", got=shape, do=do)
-    of_data: dict[str, Any] = {
-        "resolution": source.image_shape[-1],
-        "latent_scale": 1.0 if source.latent_shape == source.image_shape else LATENTS_SCALE,
-    }
+    of_data = _of_data(source)
     if enc_type != SMALL:
         # The grid of a patch-2 transformer: there the tokens of all encoders and of the model meet.
         side = max(1, source.latent_shape[-1] // 2)

@@ -45,6 +45,11 @@ class Encoder:
         return F.unfold(pixels, 8, stride=8).transpose(1, 2) @ self.weight
 
 
+def load_encoders(enc_type, device, resolution=256):
+    encoders = [Encoder(int(dim)) for dim in enc_type.split(",")]
+    return encoders, ["fake"] * len(encoders), ["vit"] * len(encoders)
+
+
 def sample_posterior(moments):
     mean, std = moments.chunk(2, dim=1)
     return mean + std * torch.randn_like(mean)
@@ -73,12 +78,12 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def train(args, *, build, compute, watch=None, find_unused=False):
+def train(args, *, build, compute, watch=None, find_unused=False, load=None):
     """Trains as REPA's train.py does, and writes one line of JSON per step.
 
     ``build(args, encoders, accelerator)`` gives the model and the loss; ``compute(loss_fn, model, x, y, zs, args)``
     what is minimised and what is logged; ``watch(when, **state)`` is called with ``"start"``, with ``"gradients"``
-    before and with ``"step"`` after each step.
+    before and with ``"step"`` after each step. ``load(enc_type, device, resolution)`` is REPA's ``load_encoders``.
     """
     watch = watch or (lambda when, **state: None)
     accelerator = Accelerator(
@@ -88,7 +93,8 @@ def train(args, *, build, compute, watch=None, find_unused=False):
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused)],
     )
     set_seed(args.seed + accelerator.process_index)
-    encoders = [Encoder(dim) for dim in args.z_dims]
+    load = load or load_encoders
+    encoders, types, architectures = load(",".join(map(str, args.z_dims)), accelerator.device, 256)
     model, loss_fn = build(args, encoders, accelerator)
     ema = copy.deepcopy(model)
     requires_grad(ema, False)
@@ -114,7 +120,8 @@ def train(args, *, build, compute, watch=None, find_unused=False):
         for raw_image, moments, y in loader:
             with torch.no_grad():
                 x = sample_posterior(moments.squeeze(1))
-                zs = [encoder.forward_features(raw_image) for encoder in encoders]
+                loaded = zip(encoders, types, architectures)  # noqa: B905  as REPA does
+                zs = [encoder.forward_features(raw_image) for encoder, *_ in loaded]
             with accelerator.accumulate(model):
                 loss, logs = compute(loss_fn, model, x, y, zs, args)
                 accelerator.backward(loss)

@@ -26,7 +26,9 @@ def compute(loss_fn, model, x, y, zs, args):
 
 
 def main(args, watch=None):
-    train(args, build=build, compute=compute, watch=watch)
+    from utils import load_encoders  # here: the tests apply VRPO after this file is imported
+
+    train(args, build=build, compute=compute, watch=watch, load=load_encoders)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,10 @@ def compute(loss_fn, model, x, y, zs, args):
 
 
 def main(args, watch=None):
+    from utils import load_encoders  # here: the tests apply VRPO after this file is imported
+
     args.sampling_steps = 0  # no sampler for captions here
-    train(args, build=build, compute=compute, watch=watch)
+    train(args, build=build, compute=compute, watch=watch, load=load_encoders)
 
 
 if __name__ == "__main__":
