@@ -46,7 +46,7 @@ MAY_INSIDE_FUNCTIONS: dict[str, set[str]] = {
 HOST_FILES = [
     {"options"},
     {"guard", "aligner", "checkpoint", "units"},
-    {"metrics"},
+    {"metrics", "guide"},
     {"base"},
     {"compat", "libraries", "pixels"},
     {"checks", "siloss", "transport"},

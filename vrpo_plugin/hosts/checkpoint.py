@@ -68,8 +68,8 @@ def export_checkpoint(source: Path, out: Path, *, overwrite: bool = False) -> in
         CheckpointError: the file is missing, damaged, no such checkpoint, or would run code; ``out`` exists, is the
             checkpoint itself, has another ending, or cannot be written.
     """
-    _check_out(source, out, overwrite=overwrite)
-    checkpoint = _read(source)
+    check_new_file(source, out, (".pt", ".safetensors"), overwrite=overwrite)
+    checkpoint = read_checkpoint(source)
     plain, removed = without_aligner(checkpoint, str(source))
     if out.suffix == ".pt":
         _write(out, lambda file: torch.save(plain, file))
@@ -144,7 +144,12 @@ def _without_last(optimizer: Any, shapes: Sequence[torch.Size], name: str) -> di
     return {**optimizer, "state": state, "param_groups": [*groups, {**last, "params": kept}]}
 
 
-def _read(source: Path) -> dict[str, Any]:
+def read_checkpoint(source: Path) -> dict[str, Any]:
+    """A host's checkpoint, read without running code from it.
+
+    Raises:
+        CheckpointError: it is missing, damaged, no such checkpoint, or would run code.
+    """
     do = "Give a .pt file that the host's training script saved, whole and from a source that you trust."
     # Hosts save their arguments as they are. The block's end would also take away what was allowed before it.
     allowed = {argparse.Namespace} - {*torch.serialization.get_safe_globals()}
@@ -182,9 +187,14 @@ def _as_safetensors(weights: dict[str, Tensor], name: str) -> bytes:
         raise CheckpointError(f"{name}: ema", expected="tensors that safetensors holds", got=got, do=do) from error
 
 
-def _check_out(source: Path, out: Path, *, overwrite: bool) -> None:
-    if out.suffix not in (".pt", ".safetensors"):
-        expected, do = "a file ending in .pt or .safetensors", "Rename it."
+def check_new_file(source: Path, out: Path, endings: tuple[str, ...], *, overwrite: bool) -> None:
+    """Refuses a file that is not to be written.
+
+    Raises:
+        CheckpointError: it exists, is the checkpoint itself, or has another ending.
+    """
+    if out.suffix not in endings:
+        expected, do = f"a file ending in {' or '.join(endings)}", "Rename it."
         raise CheckpointError(str(out), expected=expected, got=out.suffix or "no ending", do=do)
     if not os.path.exists(out):
         return
