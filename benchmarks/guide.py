@@ -73,11 +73,14 @@ def _where(interval: tuple[float, float]) -> str:
 POINTS = (
     Point(),
     Point(cfg=1.5),
-    Point(strength=0.2, interval=(0.5, 1.0)),
+    Point(strength=0.3, interval=(0.65, 1.0)),
     Point(cfg=1.25),
     Point(cfg=2.0),
     Point(strength=0.1),
-    Point(cfg=1.25, strength=0.2, interval=(0.5, 1.0)),
+    Point(strength=0.2, interval=(0.65, 1.0)),
+    Point(strength=0.2, interval=(0.5, 1.0)),
+    Point(strength=0.2),
+    Point(cfg=1.25, strength=0.3, interval=(0.65, 1.0)),
 )
 
 
@@ -95,10 +98,11 @@ class Measure:
     Args:
         benchmark: data and networks.
         samples: images of a point.
+        device: that samples.
     """
 
-    def __init__(self, benchmark: Benchmark, samples: int) -> None:
-        self.benchmark, self.samples = benchmark, samples
+    def __init__(self, benchmark: Benchmark, samples: int, device: str) -> None:
+        self.benchmark, self.samples, self.device = benchmark, samples, torch.device(device)
         self.source = benchmark.source()
         real, _ = all_images(self.source, benchmark.recipe.evaluation.reference)
         self.networks = {name: benchmark.network(name) for name in JUDGES}
@@ -120,7 +124,8 @@ class Measure:
             {name: w.float() for name, w in group(weights, "vrpo.projectors.").items()}, self.critic
         )
         layer = SIT_MODELS[self.benchmark.recipe.training["model"]]["encoder_depth"]
-        return model, GuideParts(self.critic, projectors, (layer,))
+        parts = GuideParts(self.critic, projectors, (layer,)).to(self.device)
+        return model.to(self.device), parts
 
     def images(self, model: nn.Module, parts: GuideParts, point: Point) -> Tensor:
         """uint8 images of balanced labels, from the same noise at every point."""
@@ -136,10 +141,11 @@ class Measure:
             "guidance_interval": point.cfg_interval,
             "guide": guide,
         }
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.benchmark.recipe.evaluation.precision == "bf16"):
-            batches = zip(noise.split(BATCH), labels.split(BATCH), strict=True)
+        half = self.benchmark.recipe.evaluation.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            batches = zip(noise.to(self.device).split(BATCH), labels.to(self.device).split(BATCH), strict=True)
             pixels = torch.cat([sample(model, n, y, **settings) for n, y in batches])
-        return pixels.add(1).mul(127.5).round().clamp(0, 255).byte()
+        return pixels.add(1).mul(127.5).round().clamp(0, 255).byte().cpu()
 
     def scores(self, images: Tensor) -> dict[str, dict[str, float]]:
         """Distance, precision and recall in each network."""
@@ -205,6 +211,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--networks", default="cifar16", help="a folder in benchmarks/networks")
     parser.add_argument("--methods", nargs="+", default=["repa", "floor-0.1"], help="runs of the recipe")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of these runs")
+    parser.add_argument("--device", default="cpu", help="that samples: cpu, cuda")
     parser.add_argument("--samples", type=int, default=1000, help="images of a point")
     parser.add_argument(
         "--points",
@@ -219,7 +226,9 @@ def main() -> None:
     recipe = read_recipe(BENCHMARKS / "recipes" / f"{options.recipe}.yaml")
     given = [{k: tuple(v) if isinstance(v, list) else v for k, v in p.items()} for p in options.points or []]
     wanted = [Point(**p) for p in given] or list(POINTS)
-    measure = Measure(Shipped(recipe, options.data, BENCHMARKS / "networks" / options.networks), options.samples)
+    measure = Measure(
+        Shipped(recipe, options.data, BENCHMARKS / "networks" / options.networks), options.samples, options.device
+    )
     protocol = {
         "recipe": options.recipe,
         "samples": options.samples,

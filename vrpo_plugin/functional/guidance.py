@@ -9,7 +9,7 @@ TINY_GRADIENT = 1e-20
 
 
 def estimate_error(level: Tensor, data_std: float) -> Tensor:
-    """Expected error of a clean estimate, root mean square per number, if data were Gaussian (equation 20).
+    """Expected error of a clean estimate, root mean square per number, if data were Gaussian (equation 19).
 
     e(t)^2 = s^2 t^2 / (s^2 (1 - t)^2 + t^2): 0 at the data, their own standard deviation s at pure noise.
 
@@ -28,7 +28,7 @@ def estimate_error(level: Tensor, data_std: float) -> Tensor:
 
 
 def guided_change(gradient: Tensor, level: Tensor, *, strength: float, data_std: float) -> Tensor:
-    """The step of a clean estimate along a reward's gradient (equation 21).
+    """The step of a clean estimate along a reward's gradient (equation 20).
 
     Its root mean square is ``strength`` times the error that the estimate is expected to have anyway, at every noise
     level and for every sample, whatever the reward's scale.
