@@ -83,7 +83,9 @@ def check(run: Callable[[float], Tensor]) -> Tensor:
 @pytest.mark.parametrize("solver", ["euler", "heun", "euler_maruyama"])
 def test_repa_s_samplers_with_one_line(solver: str, path_type: str, scale: float) -> None:
     with imported("REPA", "models.sit", "samplers") as (models, samplers):
-        model = models.SiT(path_type, z_dims=[12], projector_dim=16, encoder_depth=1, use_cfg=True, **SIZE, **ATTENTION)
+        model = models.SiT(
+            path_type, z_dims=[12], projector_dim=16, encoder_depth=1, decoder_hidden_size=32, **SIZE, **ATTENTION
+        )
         model = filled(model)
         settings: dict[str, Any] = {"cfg_scale": scale, "path_type": path_type, "guidance_high": 0.9}
         host = samplers.euler_maruyama_sampler if solver == "euler_maruyama" else samplers.euler_sampler
