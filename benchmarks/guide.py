@@ -182,15 +182,17 @@ def table(points: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown, the mean over seeds of each method and way of sampling.
 
     Args:
-        points: of the output file.
+        points: of the output file; the last column says of which seeds a row is.
     """
     header = ["model", "sampling", "calls a step", *(f"FD ({name})" for name in JUDGES), "precision", "recall", "seeds"]
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    rows: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    rows: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
     for key, value in points.items():
         run, sampling = key.split("/", 1)
-        rows.setdefault((run.rsplit("-seed", 1)[0], sampling), []).append(value)
-    for (method, sampling), values in sorted(rows.items(), key=lambda item: item[0][0]):
+        method, seed = run.rsplit("-seed", 1)
+        rows.setdefault((method, sampling), {})[seed] = value
+    for (method, sampling), by_seed in sorted(rows.items(), key=lambda item: item[0][0]):
+        values = list(by_seed.values())
         mean = {
             (name, score): statistics.mean(value["scores"][name][score] for value in values)
             for name in JUDGES
@@ -198,7 +200,7 @@ def table(points: Mapping[str, Mapping[str, Any]]) -> str:
         }
         cells = [method, sampling, f"{values[0]['calls']:g}", *(f"{mean[name, 'fd']:.3f}" for name in JUDGES)]
         cells += [f"{mean[JUDGES[0], score]:.2f}" for score in ("precision", "recall")]
-        lines.append(f"| {' | '.join([*cells, str(len(values))])} |")
+        lines.append(f"| {' | '.join([*cells, ', '.join(sorted(by_seed))])} |")
     return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ class Counting(TinySiT):
     """Keeps how many rows each call had."""
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        self.__dict__.setdefault("rows", []).append(len(x))
+        self.__dict__.setdefault("seen", []).append(len(x))
         return super().forward(x, t, y)
 
 
@@ -30,7 +30,7 @@ def trained() -> Counting:
 
 
 def draw(model: Counting, guide: RewardGuide | None, **settings: Any) -> Tensor:
-    model.__dict__["rows"] = []
+    model.__dict__["seen"] = []
     generator = torch.Generator().manual_seed(2)
     return sample(model, NOISE, LABELS, num_steps=5, null_label=9, generator=generator, guide=guide, **settings)
 
@@ -41,10 +41,10 @@ def draw(model: Counting, guide: RewardGuide | None, **settings: Any) -> Tensor:
 def test_strength_0_is_bitwise_the_plain_sampler(solver: str, path_type: str, scale: float) -> None:
     model, settings = trained(), {"solver": solver, "path_type": path_type, "guidance_scale": scale}
     plain = draw(model, None, **settings)
-    rows = model.rows
+    rows = model.seen
     assert torch.equal(draw(model, RewardGuide(model, strength=0), **settings), plain)
     guided = draw(model, RewardGuide(model, strength=0.2, interval=(0, 1)), **settings)
-    assert model.rows == rows, "another call of the model"
+    assert model.seen == rows, "another call of the model"
     assert guided.isfinite().all() and not torch.equal(guided, plain)
 
 
