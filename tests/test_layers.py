@@ -56,7 +56,7 @@ MAY_INSIDE_FUNCTIONS: dict[str, set[str]] = {
 HOST_FILES = [
     {"options"},
     {"guard", "aligner", "checkpoint", "units"},
-    {"metrics"},
+    {"metrics", "guide"},
     {"base"},
     {"compat", "libraries", "pixels"},
     {"no_encoder"},

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from vrpo_plugin.hosts.base import HostSpec
     from vrpo_plugin.modules.aligner import VRPOAligner, VRPOOutput
     from vrpo_plugin.modules.guard import NonFiniteGuard
+    from vrpo_plugin.modules.guide import RewardGuide
 
 __all__ = [
     "CheckpointError",
@@ -49,6 +50,7 @@ __all__ = [
     "NonFiniteError",
     "NonFiniteGuard",
     "PatchConflictError",
+    "RewardGuide",
     "RewardState",
     "ShapeError",
     "VRPOAligner",
@@ -70,6 +72,7 @@ __all__ = [
 _LAZY = {
     "HostSpec": "hosts.base",
     "NonFiniteGuard": "modules.guard",
+    "RewardGuide": "modules.guide",
     "RewardState": "functional.rewards",
     "VRPOAligner": "modules.aligner",
     "VRPOOutput": "modules.aligner",

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from vrpo_plugin.errors import ConfigError
+
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", *, wanted: bool) -> None:
     """Adds the commands."""
@@ -108,13 +110,62 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     command.add_argument("checkpoint", type=Path, metavar="CKPT", help="the host's .pt file")
     command.add_argument("out", type=Path, metavar="OUT", help="file to write, .pt or .safetensors")
-    command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    command.add_argument("--overwrite", action="store_true", help="replace OUT, and the guide's file, if they exist")
+    command.add_argument(
+        "--guide",
+        type=Path,
+        metavar="FILE",
+        help="also write projectors and critic of the EMA to FILE (.safetensors), which guided sampling needs "
+        "(RewardGuide.load, vrpo sample --guide)",
+    )
+    command.add_argument(
+        "--guide-critic",
+        type=Path,
+        metavar="FILE",
+        help="the guide's critic, a file of 'vrpo train-critic'; by default the checkpoint's own",
+    )
+    command.add_argument(
+        "--guide-layers",
+        metavar="N,N",
+        help="blocks that the projectors read, 1 is the first; by default the script's --encoder-depth, else the block "
+        "at a third of the depth",
+    )
     command.set_defaults(run=_export)
 
 
-def _export(checkpoint: Path, out: Path, overwrite: bool) -> None:
-    from vrpo_plugin.hosts.checkpoint import export_checkpoint
+def _export(
+    checkpoint: Path,
+    out: Path,
+    overwrite: bool,
+    guide: Path | None,
+    guide_critic: Path | None,
+    guide_layers: str | None,
+) -> None:
+    from vrpo_plugin.hosts.checkpoint import check_new_file, export_checkpoint
+    from vrpo_plugin.hosts.guide import export_guide
     from vrpo_plugin.hosts.report import say
 
+    if guide is None and (guide_critic or guide_layers):
+        do = "Give --guide FILE too."
+        raise ConfigError("--guide-critic, --guide-layers", expected="--guide", got="none", do=do)
+    if guide is not None:
+        # Both are refused before one is written.
+        check_new_file(checkpoint, out, (".pt", ".safetensors"), overwrite=overwrite)
+        parts = export_guide(checkpoint, guide, critic=guide_critic, layers=_layers(guide_layers), overwrite=overwrite)
+        say([f"wrote {guide}: critic, {len(parts.projectors)} projector(s) of block(s) {_words(parts.layers)}"])
     removed = export_checkpoint(checkpoint, out, overwrite=overwrite)
     say([f"wrote {out}: left out {removed} tensors of the aligner" if removed else f"wrote {out}: it held no aligner"])
+
+
+def _layers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError as error:
+        do = "Give them as 4,8."
+        raise ConfigError("--guide-layers", expected="block numbers", got=repr(text), do=do) from error
+
+
+def _words(layers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, layers))

@@ -69,7 +69,7 @@ def export_checkpoint(source: Path, out: Path, *, overwrite: bool = False) -> in
         CheckpointError: the file is missing, damaged, no such checkpoint, or would run code; ``out`` exists, is the
             checkpoint itself, has another ending, or cannot be written.
     """
-    _check_out(source, out, overwrite=overwrite)
+    check_new_file(source, out, (".pt", ".safetensors"), overwrite=overwrite)
     checkpoint = read_checkpoint(source)
     plain, removed = without_aligner(checkpoint, str(source))
     if out.suffix == ".pt":
@@ -223,9 +223,14 @@ def _as_safetensors(weights: dict[str, Tensor], name: str) -> bytes:
         raise CheckpointError(f"{name}: ema", expected="tensors that safetensors holds", got=got, do=do) from error
 
 
-def _check_out(source: Path, out: Path, *, overwrite: bool) -> None:
-    if out.suffix not in (".pt", ".safetensors"):
-        expected, do = "a file ending in .pt or .safetensors", "Rename it."
+def check_new_file(source: Path, out: Path, endings: tuple[str, ...], *, overwrite: bool) -> None:
+    """Refuses a file that is not to be written.
+
+    Raises:
+        CheckpointError: it exists, is the checkpoint itself, or has another ending.
+    """
+    if out.suffix not in endings:
+        expected, do = f"a file ending in {' or '.join(endings)}", "Rename it."
         raise CheckpointError(str(out), expected=expected, got=out.suffix or "no ending", do=do)
     if not os.path.exists(out):
         return

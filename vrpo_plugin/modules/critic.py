@@ -88,7 +88,7 @@ class LatentCritic(nn.Module):
         self.token_grid = (token_grid[0], token_grid[1])
         self.width = width
         channels, height, side = latent_shape
-        self.fold = _fold(height, side)
+        self.fold = fold_of(height, side)
         height, side = height // self.fold, side // self.fold
         levels = max(0, int(math.log2(min(height / token_grid[0], side / token_grid[1]))))
         widths = [min(width, width // 4 * 2**i) for i in range(levels)] + [width]
@@ -234,7 +234,7 @@ class _Activation(nn.Module):
         return F.silu(self.norm(x))
 
 
-def _fold(height: int, width: int) -> int:
+def fold_of(height: int, width: int) -> int:
     """Smallest factor that divides both sides and brings them to the limit, else the largest divisor below."""
     common = math.gcd(height, width)
     wanted = math.ceil(max(height, width) / FULL_RESOLUTION_LIMIT)

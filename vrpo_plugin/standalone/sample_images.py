@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vrpo_plugin.errors import ConfigError
+from vrpo_plugin.modules.guide import RewardGuide
 from vrpo_plugin.standalone.checkpoint import file_sha256
 from vrpo_plugin.standalone.data import seeded_generator
 from vrpo_plugin.standalone.drawing import batches_of, draw, image_generators, keep_pixels, load_decoder
@@ -237,24 +238,19 @@ def _drawer(
     return draw_batch
 
 
-def _load_guide(settings: SampleSettings, model: SiT) -> Any:
+def _load_guide(settings: SampleSettings, model: SiT) -> RewardGuide | None:
     """A RewardGuide with its own defaults where nothing is said, or None."""
     if settings.guide is None:
         return None
     if not settings.guide.is_file():
         do = "Check the path; it is written beside the EMA weights, or by vrpo export --guide."
         raise ConfigError("guide", expected="a file", got=f"none at {settings.guide}", do=do)
-    try:
-        from vrpo_plugin.modules.guide import RewardGuide  # type: ignore[import-not-found,unused-ignore]
-    except ImportError as error:
-        do = "Leave --guide out, or install a later version."
-        raise ConfigError("guide", expected="a version of vrpo_plugin with RewardGuide", got=error, do=do) from error
     said = {"strength": settings.guide_strength, "interval": settings.guide_interval}
     return RewardGuide.load(settings.guide, model, **{k: v for k, v in said.items() if v is not None})
 
 
-def _describe_guide(settings: SampleSettings, guide: Any) -> dict[str, Any] | None:
-    if settings.guide is None:
+def _describe_guide(settings: SampleSettings, guide: RewardGuide | None) -> dict[str, Any] | None:
+    if settings.guide is None or guide is None:
         return None
     interval = [float(t) for t in guide.interval]
     return {"sha256": file_sha256(settings.guide), "strength": float(guide.strength), "interval": interval}

@@ -20,6 +20,8 @@ from vrpo_plugin.functional.interpolant import (
     time_like,
 )
 from vrpo_plugin.functional.tensors import widest_dtype
+from vrpo_plugin.modules.guide import RewardGuide
+from vrpo_plugin.modules.parametrisation import Parametrisation, of_path
 
 Solver = Literal["euler", "heun", "euler_maruyama"]
 SOLVERS: tuple[str, ...] = get_args(Solver)
@@ -39,6 +41,7 @@ def sample(
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     null_label: int | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    guide: RewardGuide | None = None,
 ) -> Tensor:
     """Draws samples by following the model's velocity from noise to data.
 
@@ -52,12 +55,13 @@ def sample(
         y: labels (B,), or None for an unconditional model.
         num_steps: steps, at least 1; Heun calls the model twice per step, except in the last.
         solver: ``euler``, ``heun`` or ``euler_maruyama``.
-        path_type: the path that the model was trained on; only ``euler_maruyama`` depends on it.
+        path_type: the path that the model was trained on; only ``euler_maruyama`` and ``guide`` depend on it.
         guidance_scale: classifier-free guidance, at least 1; 1 is none.
         guidance_interval: lowest and highest t, both included, at which a guided step may start.
         null_label: the label that stands for no class; ``model.null_label`` if None.
         generator: source of the SDE's noise, or one per sample, so that a sample does not depend on its batch; needed
             by ``euler_maruyama`` only.
+        guide: raises a reward at each step, with no further call of the model; after classifier-free guidance.
 
     Returns:
         Samples (B, C, H, W), of the dtype of ``noise``.
@@ -73,7 +77,7 @@ def sample(
         solver=solver, num_steps=num_steps, guidance_scale=guidance_scale, guidance_interval=guidance_interval
     )
     null_labels = _null_labels(model, y, guidance_scale, null_label)
-    field = _Field(model, y, noise.dtype, guidance_scale, null_labels, guidance_interval)
+    field = _Field(model, y, noise.dtype, guidance_scale, null_labels, guidance_interval, guide, of_path(path_type))
     x = noise.to(widest_dtype(noise.device))
     with _eval_mode(model):
         if solver == "euler_maruyama":
@@ -107,8 +111,19 @@ class _Field:
     guidance_scale: float
     null_labels: Tensor | None
     guidance_interval: tuple[float, float]
+    guide: RewardGuide | None
+    parametrisation: Parametrisation
 
     def __call__(self, x: Tensor, t: float, *, step_start: float) -> Tensor:
+        if self.guide is None:
+            return self._combined(x, t, step_start)
+        with self.guide.watch() as hidden:
+            velocity = self._combined(x, t, step_start)
+        times, start = (x.new_full((len(x),), one) for one in (t, step_start))
+        return self.guide.guide(velocity, x, times, self.y, hidden, self.parametrisation, start=start)
+
+    def _combined(self, x: Tensor, t: float, step_start: float) -> Tensor:
+        """The model's velocity, combined with that of no class inside the interval."""
         low, high = self.guidance_interval
         if self.null_labels is None or not low <= step_start <= high:
             return self._velocity(x, t, self.y)
