@@ -27,6 +27,7 @@ from vrpo_plugin.standalone.drawing import (
     load_decoder,
 )
 from vrpo_plugin.standalone.evaluate import EvalProtocol, EvalResult, evaluate
+from vrpo_plugin.standalone.extractors import RUN_NETWORK
 from vrpo_plugin.standalone.feature_cache import FeatureCache
 from vrpo_plugin.standalone.run_folder import ENCODER_PREFIX
 from vrpo_plugin.standalone.sit import SiT, create_sit
@@ -368,10 +369,11 @@ class Painter:
             picture = grid_picture(images)
             write_file(path, lambda file: picture.save(file, format="png"))
 
-    def evaluate(self, model: SiT) -> EvalResult | None:
+    def evaluate(self, model: SiT, folder: Path) -> EvalResult | None:
         """Frechet distance, precision and recall against the training images, in a network of their own.
 
-        All processes draw the samples; the first one measures, the others get None.
+        All processes draw the samples; the first one measures, the others get None. A small network is kept in the
+        run's folder, for ``vrpo eval``.
         """
         options = self.options
         images = self.images(model, options.eval_samples, EVAL_SEED, description="evaluation")
@@ -385,6 +387,7 @@ class Painter:
             network: Any = train_small_features(
                 real, labels, seed=JUDGE_SEED, architecture="plain", width=24, device=self.device
             )
+            network.save(folder / RUN_NETWORK)
         else:
             if self._network is None:
                 self.load_network()

@@ -249,7 +249,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         assert self.painter is not None  # build_decoder has refused otherwise
-        result = self.painter.evaluate(self.ema)
+        result = self.painter.evaluate(self.ema, self.folder.path)
         if result is None:
             return
         self.folder.write_evaluation(result)

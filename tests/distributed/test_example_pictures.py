@@ -31,7 +31,7 @@ def draw(folder: Path) -> dict[str, Tensor]:
     painter = Painter(options, VRPOConfig(), DigitsSource(), keep_pixels, torch.device("cpu"))
     painter._network = Pixels()
     painter.grid(tiny_sit(1), folder / "grid.png")
-    result = painter.evaluate(tiny_sit(1))
+    result = painter.evaluate(tiny_sit(1), folder)
     if result is None:
         return {}
     picture = torch.frombuffer(bytearray((folder / "grid.png").read_bytes()), dtype=torch.uint8)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from vrpo_plugin.cli import main as vrpo_main
 from vrpo_plugin.modules.critic import LatentCritic, save_critic
-from vrpo_plugin.standalone.evaluate import EvalResult, evaluate
+from vrpo_plugin.standalone.evaluate import EvalResult, evaluate, read_results
 from vrpo_plugin.standalone.sampler import sample
 from vrpo_plugin.standalone.sit import create_sit
 from vrpo_plugin.standalone.small_training import train_small_features
@@ -55,6 +55,23 @@ def test_run_writes_metrics_curves_grid_and_checkpoints(encoder: Path, straight:
     looks = [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()]
     assert [(look["step"], look["held_out/alarm"]) for look in looks] == [(6, 0), (12, 0)]
     assert harness.metrics(folder) == harness.metrics(straight)  # grids and looks have changed no step
+    after_training(folder, straight, tmp_path)
+
+
+def after_training(folder: Path, other: Path, tmp_path: Path) -> None:
+    """README's commands on the run."""
+    samples = tmp_path / "images"
+    vrpo_main(["sample", str(folder), "-o", str(samples), "--num", "64", "--steps", "4"])
+    vrpo_main(["eval", str(samples), "--reference", str(folder), "--network", str(folder), "--num-workers", "0"])
+    (measured,) = read_results(samples / "evaluations.jsonl")
+    at_the_end = EvalResult.from_json((folder / "evaluation.json").read_text())
+    made, then = measured.protocol, at_the_end.protocol
+    assert (made.feature_network, made.num_reference) == (then.feature_network, then.num_reference)
+    # Other noise than the trainer's: of 64 samples after 12 steps the distance hardly depends on it.
+    assert measured.frechet_distance == pytest.approx(at_the_end.frechet_distance, rel=0.1)
+    vrpo_main(["plot", str(folder)])
+    assert (folder / "report.html").stat().st_size > 10_000
+    vrpo_main(["compare", str(folder), str(other), "--json"])
 
 
 @pytest.mark.parametrize("checkpointing_steps", [4, 12])

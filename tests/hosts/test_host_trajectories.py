@@ -148,21 +148,23 @@ def reward_releases(host: FakeHost, steps: int, *options: object) -> list[float]
 def test_rewards_are_let_go_of_over_the_hosts_run(name: str, tmp_path: Path) -> None:
     with fake_host(name) as host:
         with host.apply(tmp_path):
-            assert reward_releases(host, 4) == pytest.approx([1, 0.75, 0.5, 0.25])
-        with host.apply(tmp_path, reward_release_steps=2):
+            assert reward_releases(host, 8) == pytest.approx([1, 0.55, *[0.1] * 6])
+        with host.apply(tmp_path, reward_release_steps=2, reward_floor=0.0):
             assert reward_releases(host, 3) == pytest.approx([1, 0.5, 0])
 
 
 def test_a_host_that_accumulates_calls_the_aligner_more_often(tmp_path: Path) -> None:
     with fake_host("repa") as host, host.apply(tmp_path):
-        shares = reward_releases(host, 2, "--gradient-accumulation-steps", 2)
-    assert shares == pytest.approx([1, 0.75, 0.5, 0.25])
+        shares = reward_releases(host, 4, "--gradient-accumulation-steps", 2)
+    assert shares == pytest.approx([1, 0.55, *[0.1] * 6])
 
 
-def test_where_a_host_does_not_say_its_length_the_rewards_stay_and_it_is_said(tmp_path: Path, caplog: Any) -> None:
+def test_where_a_host_does_not_say_its_length_the_weight_is_at_its_floor_and_it_is_said(
+    tmp_path: Path, caplog: Any
+) -> None:
     with fake_host("sit") as host, host.apply(tmp_path):
-        assert reward_releases(host, 3) == [1, 1, 1]
-    advice = "set reward_release_steps to the run's steps (in a host VRPO_REWARD_RELEASE_STEPS)"
+        assert reward_releases(host, 3) == pytest.approx([0.1, 0.1, 0.1])
+    advice = "Set reward_release_steps to a quarter of the run's steps (in a host VRPO_REWARD_RELEASE_STEPS)"
     assert any(advice in text for *_, text in caplog.record_tuples)
 
 

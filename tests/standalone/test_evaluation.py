@@ -146,6 +146,21 @@ def test_an_evaluation_repeated_from_its_own_stamp_gives_its_own_number(folder, 
     assert len(read_results(folder / "samples" / "evaluations.jsonl")) == 2  # added, not replaced
 
 
+def test_a_run_is_the_reference_and_the_network(folder):
+    Path("run").mkdir()
+    Path("run/config.json").write_text(json.dumps({"settings": {"data_dir": str(folder / "real"), "resolution": 16}}))
+    Path("one.safetensors").rename("run/evaluation_network.safetensors")
+    vrpo_eval("samples", "--reference", "run", "--network", "run")
+    vrpo_eval("samples", "--reference", "real", "--network", "run")
+    by_run, by_folder = read_results("samples/evaluations.jsonl")
+    assert by_run.protocol.num_reference == 50
+    assert by_run.frechet_distance == pytest.approx(by_folder.frechet_distance, rel=1e-6)
+    Path("run/config.json").write_text("{}")
+    assert "expected the settings of a run of the example" in refusal(
+        "samples", "--reference", "run", "--network", "run"
+    )
+
+
 def test_without_a_record_what_is_unknown_is_said(folder, capsys):
     Path("samples/samples.json").unlink()
     vrpo_eval("samples", "--reference", "real", "--network", "one.safetensors", "--results", "mine.jsonl")

@@ -37,7 +37,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", *, want
         metavar="REF",
         help="the real images: a folder (with class folders or flat), which are center-cropped to the samples' size "
         "as ADM does; ADM's reference .npz (mu, sigma, mu_s, sigma_s, arr_0, or some of them); or a file that "
-        "--save-reference wrote",
+        "--save-reference wrote; or the folder of a run of the example, for the images that it was trained on",
     )
     _add_networks(command)
     _add_measure(command)

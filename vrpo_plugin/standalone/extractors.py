@@ -20,6 +20,7 @@ INCEPTION = "inception"
 POOL, SPATIAL, LOGITS = "pool", "spatial", "logits"
 SPATIAL_CHANNELS = 7
 ENCODER_RESOLUTION = 256  # smaller images are resized: an encoder with patches of 14 sees at least 224 pixels
+RUN_NETWORK = "evaluation_network.safetensors"  # in the folder of a run of the example
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +44,8 @@ def open_extractor(spec: str, *, resolution: int, device: str | torch.device = "
 
     Args:
         spec: ``inception`` (downloaded by torch-fidelity, if it is not in torch's cache), ``inception=FILE``, the
-            file of a small network (``NAME.safetensors``), a timm model or REPA's name of one, or ``NAME=FILE`` with
-            local weights.
+            file of a small network (``NAME.safetensors``), the folder of a run of the example that evaluated with one,
+            a timm model or REPA's name of one, or ``NAME=FILE`` with local weights.
         resolution: side of the images in pixels.
         device: where to compute.
 
@@ -59,6 +60,8 @@ def open_extractor(spec: str, *, resolution: int, device: str | torch.device = "
     name, _, file = spec.partition("=")
     if name == INCEPTION:
         return inception(file or None, device=device)
+    if Path(spec).is_dir():
+        spec = str(Path(spec) / RUN_NETWORK)
     if Path(spec).is_file() or (Path(spec).suffix == ".safetensors" and not file):
         return _small(spec, resolution, device)
     side = max(resolution, ENCODER_RESOLUTION)

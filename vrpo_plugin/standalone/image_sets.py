@@ -14,9 +14,11 @@ from torch import Tensor
 
 from vrpo_plugin.standalone.images import center_crop, open_image, to_tensor
 from vrpo_plugin.standalone.source_files import FileList, data_error, names_below
+from vrpo_plugin.standalone.sources import open_source
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 SAMPLES_RECORD = "samples.json"  # beside the samples: how they were made
+RUN_SETTINGS = "config.json"  # in the folder of a run of the example
 
 
 class ImageSet(Protocol):
@@ -106,6 +108,35 @@ class ArrayImages:
         pixels = torch.from_numpy(np.array(self._array[index]))
         pixels = rearrange(pixels, "h w c -> c h w") if self._channels_last else pixels
         return pixels.expand(3, -1, -1).contiguous()
+
+
+class TrainingImages:
+    """What a run of the example was trained on.
+
+    Args:
+        run: its folder, with config.json.
+
+    Raises:
+        DataError: config.json cannot be read, or its images are not where they were.
+    """
+
+    def __init__(self, run: Path) -> None:
+        file = run / RUN_SETTINGS
+        try:
+            settings = json.loads(file.read_text(encoding="utf-8"))["settings"]
+            data, resolution = settings["data_dir"], settings["resolution"]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            do = "Give the folder of a run, or its images."
+            raise data_error(file, "the settings of a run of the example", repr(error), do) from error
+        self._source = open_source(data, resolution)
+        self.resolution = self._source.image_shape[-1]
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Image uint8 (3, S, S)."""
+        return self._source.load(index)[0].expand(3, -1, -1).contiguous()
 
 
 def open_images(path: str | os.PathLike[str], resolution: int | None = None) -> ImageSet:

@@ -11,9 +11,11 @@ from vrpo_plugin.standalone.extractors import INCEPTION, POOL, SPATIAL
 from vrpo_plugin.standalone.feature_sets import Features, FeatureSet, file_digest, load_features
 from vrpo_plugin.standalone.frechet import FeatureStatistics
 from vrpo_plugin.standalone.image_sets import (
+    RUN_SETTINGS,
     SAMPLES_RECORD,
     FolderImages,
     ImageSet,
+    TrainingImages,
     array_names,
     open_images,
     read_array,
@@ -85,7 +87,7 @@ def _stored_samples(path: str) -> FeatureSet:
 
 
 def open_reference(path: str, resolution: int | None) -> Images | FeatureSet:
-    """Opens a reference: a folder of images, an .npz file of images or of ADM's statistics, or a stored reference.
+    """Opens a reference: images in a folder or .npz file, ADM's statistics, a stored one, or a run's training images.
 
     Args:
         path: the folder or file.
@@ -106,6 +108,10 @@ def open_reference(path: str, resolution: int | None) -> Images | FeatureSet:
         return stored
     if Path(path).suffix == ".npz" and Path(path).is_file() and "mu" in array_names(Path(path)):
         return _open_adm(Path(path), resolution)
+    if (Path(path) / RUN_SETTINGS).is_file():
+        trained = TrainingImages(Path(path))
+        _check_resolution(path, trained.resolution, resolution)
+        return Images(trained, "features of reference", f"reference: the {len(trained)} training images of {path}")
     images = open_images(path, resolution)
     _check_resolution(path, images.resolution, resolution)
     brought = "center-cropped to" if isinstance(images, FolderImages) and resolution is not None else "of"
