@@ -211,7 +211,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="file of the points, .json; it is added to")
     parser.add_argument("--recipe", default="cifar16_floor", help="of the weights; a name in benchmarks/recipes")
     parser.add_argument("--networks", default="cifar16", help="a folder in benchmarks/networks")
-    parser.add_argument("--methods", nargs="+", default=["repa", "floor-0.1"], help="runs of the recipe")
+    parser.add_argument("--methods", nargs="+", default=["repa", "plain-floor-0.1"], help="runs of the recipe")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of these runs")
     parser.add_argument("--device", default="cpu", help="that samples: cpu, cuda")
     parser.add_argument("--samples", type=int, default=1000, help="images of a point")
