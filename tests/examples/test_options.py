@@ -238,7 +238,7 @@ def test_resume_with_other_settings_names_them(tmp_path: Path) -> None:
         _folder(tmp_path, "--resume", data="other")
     with pytest.raises(ConfigError, match=r"reward_release_steps: 200 then, 2499 now"):
         _folder(tmp_path, "--resume", "--max-train-steps", "9999")
-    longer = ("--resume", "--max-train-steps", "9999", "--reward-release-steps", "800")
+    longer = ("--resume", "--max-train-steps", "9999", "--reward-release-steps", "200")
     _folder(tmp_path, *longer, "--num-workers", "2")
 
 
@@ -331,7 +331,7 @@ def test_options_that_do_not_fit_the_data_are_refused(
             return count
 
     with nullcontext() if message is None else pytest.raises(ConfigError, match=message):
-        check_data(parse_options(arguments)[0], Images(), 2)  # type: ignore[arg-type]
+        check_data(*parse_options(arguments), Images(), 2)  # type: ignore[arg-type]
 
 
 def test_an_evaluation_never_replaces_another_protocols(tmp_path: Path) -> None:

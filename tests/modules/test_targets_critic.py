@@ -91,7 +91,7 @@ def test_the_critic_looks_once_at_clean_latents(name: str, views: int, critic_fi
 
 def test_the_targets_stay_when_the_rewards_are_over(critic_file: Path) -> None:
     model = TinySiT()
-    aligner = aligner_of_critic(critic_file, reward_release_steps=10).attach(model)
+    aligner = aligner_of_critic(critic_file, reward_release_steps=10, reward_floor=0.0).attach(model)
     assert aligner.critic is not None
     seen: list[Tensor] = []
     aligner.critic.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))

@@ -68,7 +68,8 @@ class OfFiles:
             except UnreadableError as error:
                 self._flags.set(place % len(self), FileFlags.UNREADABLE)
                 last = error
-        raise DataError(f"{tried} files in a row cannot be read; the last one: {last}")
+        got, do = f"{tried} in a row that cannot; the last one: {last}", "Look at these files, and at what they lie on."
+        raise DataError("images", expected="files that can be read", got=got, do=do)
 
     def _read(self, index: int) -> tuple[Tensor, Tensor | None, int]:
         raise NotImplementedError
