@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from train_options import EVAL_SEED, TrainOptions
 
@@ -17,6 +18,7 @@ from vrpo_plugin.encoders import Targets
 from vrpo_plugin.files import write_file
 from vrpo_plugin.functional.interpolant import PathType, noisy_sample
 from vrpo_plugin.functional.tensors import finite_samples
+from vrpo_plugin.modules.guide_parts import GuideParts
 from vrpo_plugin.standalone.data import PositionBatchSampler, TrainingSamples
 from vrpo_plugin.standalone.drawing import (
     draw,
@@ -29,6 +31,7 @@ from vrpo_plugin.standalone.drawing import (
 from vrpo_plugin.standalone.evaluate import EvalProtocol, EvalResult, evaluate
 from vrpo_plugin.standalone.extractors import RUN_NETWORK
 from vrpo_plugin.standalone.feature_cache import FeatureCache
+from vrpo_plugin.standalone.guides import RUN_GUIDE
 from vrpo_plugin.standalone.run_folder import ENCODER_PREFIX
 from vrpo_plugin.standalone.sit import SiT, create_sit
 from vrpo_plugin.standalone.sources import Source, all_images
@@ -234,6 +237,14 @@ class TrainingStep(nn.Module):
                 **out.metrics,
             }
         return loss, {"loss": loss.detach(), **metrics}
+
+
+def save_guide(model: SiT, folder: Path) -> None:
+    """Writes what guided sampling needs, where the run has projectors, a critic and whole weights."""
+    aligner = aligner_of(model)
+    sharded = any(isinstance(p, DTensor) for p in model.parameters())
+    if aligner is not None and len(aligner.projectors) and aligner.critic is not None and not sharded:
+        GuideParts.of(model).save(folder / RUN_GUIDE)
 
 
 def build_optimizer(options: TrainOptions, model: SiT) -> torch.optim.AdamW:

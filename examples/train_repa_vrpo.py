@@ -30,6 +30,7 @@ from train_parts import (
     describe,
     describe_targets,
     open_features,
+    save_guide,
     use_deterministic_kernels,
 )
 
@@ -171,6 +172,8 @@ class Trainer:
             self.accelerator.print(self.signals.message(self.step))
             return False
         self.signals.release()
+        if self.accelerator.is_main_process:
+            save_guide(self.model, self.folder.path)
         if options.eval_samples:
             self._evaluate()
         self.accelerator.wait_for_everyone()

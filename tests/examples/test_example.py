@@ -58,6 +58,15 @@ def test_run_writes_metrics_curves_grid_and_checkpoints(encoder: Path, straight:
     after_training(folder, straight, tmp_path)
 
 
+def guided(run: Path, guide: Path, out: Path) -> None:
+    plain = out.with_name(f"{out.name} plain")
+    vrpo_main(["sample", str(run), "-o", str(out), "--num", "8", "--steps", "4", "--guide", str(guide)])
+    vrpo_main(["sample", str(run), "-o", str(plain), "--num", "8", "--steps", "4"])
+    assert json.loads((out / "samples.json").read_text())["guide"]["strength"] > 0
+    pictures = [[(folder / f"{i:06d}.png").read_bytes() for i in range(8)] for folder in (out, plain)]
+    assert pictures[0] != pictures[1]
+
+
 def after_training(folder: Path, other: Path, tmp_path: Path) -> None:
     """README's commands on the run."""
     samples = tmp_path / "images"
@@ -69,6 +78,16 @@ def after_training(folder: Path, other: Path, tmp_path: Path) -> None:
     assert (made.feature_network, made.num_reference) == (then.feature_network, then.num_reference)
     # Other noise than the trainer's: of 64 samples after 12 steps the distance hardly depends on it.
     assert measured.frechet_distance == pytest.approx(at_the_end.frechet_distance, rel=0.1)
+    guided(folder, folder / "guide.safetensors", tmp_path / "guided")
+    critic, file = LatentCritic((1, 8, 8), (64,), (4, 4), width=16), tmp_path / "critic.safetensors"
+    save_critic(critic, file)
+    guided(other, file, tmp_path / "guided by a critic")  # a run's projectors with a critic of their own
+    alone = tmp_path / "weights.safetensors"
+    alone.write_bytes((folder / "checkpoints" / "0000012" / "ema.safetensors").read_bytes())
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(SystemExit, match="guide: expected a guide, for weights alone, got a critic"):
+        guided(alone, file, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
     vrpo_main(["plot", str(folder)])
     assert (folder / "report.html").stat().st_size > 10_000
     vrpo_main(["compare", str(folder), str(other), "--json"])

@@ -111,7 +111,8 @@ def _add_how(group: "argparse._ArgumentGroup") -> None:
         "--guide",
         type=Path,
         metavar="FILE",
-        help="guide.safetensors: the critic guides the sampling, at one model call a step",
+        help="guide.safetensors: the critic guides the sampling, at one model call a step. A run with a critic writes "
+        "the file at its end; for a run without one, such as plain REPA's, give the file of 'vrpo train-critic'",
     )
     group.add_argument(
         "--guide-strength",

@@ -13,10 +13,10 @@ from vrpo_plugin.modules.guide import RewardGuide
 from vrpo_plugin.standalone.checkpoint import file_sha256
 from vrpo_plugin.standalone.data import seeded_generator
 from vrpo_plugin.standalone.drawing import batches_of, draw, image_generators, keep_pixels, load_decoder
+from vrpo_plugin.standalone.guides import open_guide
 from vrpo_plugin.standalone.progress import progress
 from vrpo_plugin.standalone.sample_folder import FORMATS, SampleFolder
 from vrpo_plugin.standalone.sampler import SOLVERS, Solver
-from vrpo_plugin.standalone.sit import SiT
 from vrpo_plugin.standalone.trained import Trained
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class SampleSettings:
         batch_size: images per process and call of the model; moves an image by rounding alone.
         mixed_precision: ``no``, ``fp16`` or ``bf16``; None is what ``accelerate launch`` says, else ``no``.
         vae: diffusers folder or name, for models of latents.
-        guide: file of a RewardGuide.
+        guide: file of a RewardGuide, or of a critic for a run that has none.
         guide_strength, guide_interval: of the guide; None is its own default.
 
     Raises:
@@ -104,7 +104,8 @@ def sample_images(trained: Trained, settings: SampleSettings) -> list[Path]:
     accelerator = _accelerator(settings)
     labels = choose_labels(settings.labels, settings.num, trained.model.num_classes, settings.seed)
     _check_model(trained, settings)
-    guide = _load_guide(settings, trained.model.to(accelerator.device))
+    trained.model.to(accelerator.device)
+    guide = _load_guide(settings, trained)
     precision = str(accelerator.mixed_precision)
     record = protocol(trained, settings, precision, _describe_guide(settings, guide))
     folder = SampleFolder(settings.output, record, settings.formats)
@@ -238,15 +239,12 @@ def _drawer(
     return draw_batch
 
 
-def _load_guide(settings: SampleSettings, model: SiT) -> RewardGuide | None:
-    """A RewardGuide with its own defaults where nothing is said, or None."""
+def _load_guide(settings: SampleSettings, trained: Trained) -> RewardGuide | None:
+    """With its own defaults where nothing is said; None without one."""
     if settings.guide is None:
         return None
-    if not settings.guide.is_file():
-        do = "Check the path; it is written beside the EMA weights, or by vrpo export --guide."
-        raise ConfigError("guide", expected="a file", got=f"none at {settings.guide}", do=do)
     said = {"strength": settings.guide_strength, "interval": settings.guide_interval}
-    return RewardGuide.load(settings.guide, model, **{k: v for k, v in said.items() if v is not None})
+    return open_guide(settings.guide, trained, **{k: v for k, v in said.items() if v is not None})
 
 
 def _describe_guide(settings: SampleSettings, guide: RewardGuide | None) -> dict[str, Any] | None:

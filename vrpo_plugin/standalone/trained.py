@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,6 +39,8 @@ class Trained:
         ema: averaged weights, or those of the last step.
         step: training step; None where nothing says it.
         sha256: of the file that held the weights.
+        settings: of the run, as config.json holds them.
+        checkpoint: the run's, a folder; None where the weights are alone.
     """
 
     model: SiT
@@ -48,6 +50,8 @@ class Trained:
     ema: bool
     step: int | None
     sha256: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint: Path | None = None
 
     @property
     def latent(self) -> bool:
@@ -98,7 +102,8 @@ def open_trained(
         raise CheckpointError(str(path), expected=expected, got=got, do="Check the path.")
     weights, found, digest = load_group(checkpoint, "ema" if ema else "model")
     settings = read_config(config or run / "config.json")
-    return build_trained(weights, settings, checkpoint, ema=ema, step=found, sha256=digest)
+    trained = build_trained(weights, settings, checkpoint, ema=ema, step=found, sha256=digest)
+    return replace(trained, checkpoint=checkpoint)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -144,7 +149,7 @@ def build_trained(
     if resolution not in (side, side * VAE_STRIDE):
         expected = f"{side} (pixels) or {side * VAE_STRIDE} (latents), as the weights say"
         raise ConfigError("resolution", expected=expected, got=resolution, do="Correct the configuration.")
-    return Trained(model, name, path_type, resolution, ema, step, sha256)
+    return Trained(model, name, path_type, resolution, ema, step, sha256, settings)
 
 
 class ReversedSiT(SiT):
