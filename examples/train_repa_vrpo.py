@@ -74,7 +74,7 @@ class Trainer:
         stored = None if self.features is None else self.features.identity.digest()
         self.folder = RunFolder(
             Path(options.output_dir) / options.run_name,
-            {**to_dict(options, config), "data_fingerprint": self.source.fingerprint(), "features": stored},
+            {**to_dict(options, config), "data_fingerprint": self.source.fingerprint(), "stored_features": stored},
             free=FREE_ON_RESUME,
             resume=options.resume,
             resume_step=options.resume_step,

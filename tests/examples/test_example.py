@@ -206,22 +206,31 @@ def test_two_processes_equal_one(scale: str, encoder: Path, tmp_path: Path) -> N
             torch.testing.assert_close(ours[name].float(), theirs[name].float(), rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_accumulation_equals_one_batch(encoder: Path, tmp_path: Path) -> None:
+# What the first few samples say of a reward's deviation differs, and with a scale that sets the size of the first steps.
+ACCUMULATION = {
+    "none": {"denoising_loss": 0.02, "loss": 0.02, "grad_norm": 0.15},
+    "group": {"denoising_loss": 0.06, "loss": 0.06, "vrpo/std/semantic": 0.06},
+}
+
+
+@pytest.mark.parametrize("scale", ACCUMULATION)
+def test_accumulation_equals_one_batch(scale: str, encoder: Path, tmp_path: Path) -> None:
     """With the defaults: in the first steps the weights of the rewards come from few samples, and differ."""
-    whole = harness.run(tmp_path, "whole", *TWENTY, "--batch-size", "8", encoder=encoder)
+    options = ("--scale", scale, "--reward-coeff", "1.2" if scale == "none" else "0.12", *TWENTY)
+    whole = harness.run(tmp_path, "whole", *options, "--batch-size", "8", encoder=encoder)
     split = harness.run(
-        tmp_path, "split", *TWENTY, "--batch-size", "1", "--gradient-accumulation-steps", "8", encoder=encoder
+        tmp_path, "split", *options, "--batch-size", "1", "--gradient-accumulation-steps", "8", encoder=encoder
     )
     for a, b in zip(harness.metrics(whole), harness.metrics(split), strict=True):
-        for name, tolerance in {"denoising_loss": 0.02, "critic_loss": 1e-3, "grad_norm": 0.15}.items():
-            assert a[name] == pytest.approx(b[name], rel=tolerance), (a["step"], name)
-        assert a["loss"] == pytest.approx(b["loss"], rel=0.02 if a["step"] > 5 else 0.2), a["step"]
+        assert a["critic_loss"] == pytest.approx(b["critic_loss"], rel=1e-3), a["step"]
         if a["step"] > 5:
+            for name, tolerance in ACCUMULATION[scale].items():
+                assert a[name] == pytest.approx(b[name], rel=tolerance), (a["step"], name)
             assert a["vrpo/weight/semantic"] == pytest.approx(b["vrpo/weight/semantic"], abs=0.05), a["step"]
 
 
 def test_accumulation_with_fixed_weights_is_exact(encoder: Path, tmp_path: Path) -> None:
-    fixed = ("--reward-weights", "equal", *TWENTY)
+    fixed = ("--reward-weights", "equal", "--scale", "none", "--reward-coeff", "1.2", *TWENTY)
     whole = harness.run(tmp_path, "whole", *fixed, "--batch-size", "8", encoder=encoder)
     split = harness.run(
         tmp_path, "split", *fixed, "--batch-size", "1", "--gradient-accumulation-steps", "8", encoder=encoder

@@ -113,7 +113,8 @@ def _sound(case: Case, aligner: VRPOAligner, batch: dict[str, Any]) -> tuple[Ten
 def _has_ended(case: Case, step: int) -> bool:
     """Whether the rewards have lost their weight, by the loop's own step: then they are not run."""
     schedule, steps = case.settings["reward_release"], case.settings["reward_release_steps"]
-    return case.mode == "train" and not case.own_counter and schedule != "none" and step >= steps
+    lets_go = schedule != "none" and case.settings["reward_floor"] == 0
+    return case.mode == "train" and not case.own_counter and lets_go and step >= steps
 
 
 def _check_output(case: Case, out: VRPOOutput, features: Tensor, generation: Tensor, ended: bool) -> None:

@@ -216,6 +216,7 @@ def settings(draw: st.DrawFn, depth: int) -> dict[str, Any]:
         "reward_coeff": pick(1.2, 1.2, 0.1, 0.0),
         "reward_release": pick("none", "linear", "stop"),
         "reward_release_steps": pick(1, 2, 100),
+        "reward_floor": pick(0.0, 0.1, 1.0),
         "rewards": draw(_subset(("semantic", "perceptual", "fidelity"))),
         "reward_weights": pick("inverse_variance", "equal", "fixed"),
         "scale": pick("group", "none"),

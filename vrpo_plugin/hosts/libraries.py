@@ -26,7 +26,10 @@ def inspect_library(seam: LibrarySeam) -> Finding | None:
     Raises:
         HostChangedError: its file is no Python source.
     """
-    package = importlib.util.find_spec(seam.point.file.partition("/")[0].removesuffix(".py"))
+    try:
+        package = importlib.util.find_spec(seam.point.file.partition("/")[0].removesuffix(".py"))
+    except ValueError:  # somebody's stand-in for the module, that has no spec
+        package = None
     if package is None or package.origin is None:
         return None
     depth = seam.point.file.count("/") and 1  # of the package's __init__.py, or of a module alone

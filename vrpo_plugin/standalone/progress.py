@@ -94,6 +94,9 @@ class _Lines(_Bar):
         self.fp.write(line if closing else f"{line}\n")
         self.fp.flush()
 
+    def clear(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: a line that is written stays."""
+
     def moveto(self, n: int) -> None:
         """Nothing: a line has no position on a screen."""
 
