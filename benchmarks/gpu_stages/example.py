@@ -22,8 +22,10 @@ from train_options import parse_options  # noqa: E402
 from train_parts import build_loader  # noqa: E402
 from train_repa_vrpo import Trainer  # noqa: E402
 
+from vrpo_plugin.standalone.run_folder import MetricBuffer  # noqa: E402
 from vrpo_plugin.standalone.small_training import train_small_features  # noqa: E402
 from vrpo_plugin.standalone.sources import all_images, open_source  # noqa: E402
+from vrpo_plugin.standalone.stopping import Agreement  # noqa: E402
 
 
 def example_arguments(stage: Stage, name: str, **options: Any) -> list[str]:
@@ -72,6 +74,8 @@ class SteppedTrainer(Trainer):
 
     def batches(self) -> Iterator[Any]:
         """What ``train`` would iterate over."""
+        self.agreement = Agreement(self.accelerator, self.signals, every=self.options.flush_steps, step=self.step)
+        self.metrics = MetricBuffer(self.agreement)
         self.step_module.train()
         return iter(build_loader(self.options, self.config, self.source, self.accelerator, self.step))
 

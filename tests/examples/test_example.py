@@ -206,7 +206,7 @@ def test_two_processes_equal_one(scale: str, encoder: Path, tmp_path: Path) -> N
             torch.testing.assert_close(ours[name].float(), theirs[name].float(), rtol=1e-4, atol=1e-5, msg=name)
 
 
-# What the first few samples say of a reward's deviation differs, and with a scale that sets the size of the first steps.
+# What the first few samples say of a reward's deviation differs; with a scale that sets the size of the first steps.
 ACCUMULATION = {
     "none": {"denoising_loss": 0.02, "loss": 0.02, "grad_norm": 0.15},
     "group": {"denoising_loss": 0.06, "loss": 0.06, "vrpo/std/semantic": 0.06},
