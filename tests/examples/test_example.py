@@ -129,7 +129,7 @@ def test_a_critics_tokens_need_no_encoder(method: str, tmp_path: Path) -> None:
     rows = harness.metrics(folder)
     assert len(rows) == 12 and rows[-1]["vrpo/align_cos"] > rows[0]["vrpo/align_cos"]
     assert ("vrpo/reward/semantic" in rows[0]) == (method == "vrpo") and "vrpo/critic_cos" not in rows[0]
-    assert not list(folder.glob("*.safetensors")), "a small encoder was trained"
+    assert not list(folder.glob("encoder*.safetensors")), "a small encoder was trained"
     cut = harness.cut(folder, tmp_path / "cut", step=4)
     resumed = harness.run(cut.parent, "cut", "--resume", "--method", method, *settings, encoder=nowhere)
     harness.assert_same(resumed, folder, 12)

@@ -432,7 +432,7 @@ def test_unreadable_files_of_a_folder(tmp_path):
 def test_a_folder_of_which_nothing_can_be_read(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_text("text")
-    with pytest.raises(DataError, match=r"3 files in a row cannot be read; .*2\.png: expected a readable image"):
+    with pytest.raises(DataError, match=r"got 3 in a row that cannot; .*2\.png: expected a readable image"):
         open_source(tmp_path, 8).load(0)
 
 
