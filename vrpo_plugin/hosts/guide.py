@@ -1,4 +1,4 @@
-"""``guide.safetensors`` from a host's checkpoint: projectors and critic of its EMA."""
+"""``guide.safetensors`` from a host's checkpoint: the projectors and the critic of its aligner."""
 
 import math
 import re
@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from vrpo_plugin.errors import CheckpointError, ConfigError
+from vrpo_plugin.errors import CheckpointError
 from vrpo_plugin.hosts.checkpoint import check_new_file, read_checkpoint
 from vrpo_plugin.modules.critic import LatentCritic, fold_of
-from vrpo_plugin.modules.guide_parts import GuideParts, build_critic, build_projectors, group, load_critic
+from vrpo_plugin.modules.guide_parts import GuideParts, build_critic, group, load_critic
 from vrpo_plugin.modules.taps import resolve_layers
 
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
@@ -58,8 +58,8 @@ def export_guide(
 def guide_parts(
     checkpoint: Mapping[str, Any], name: str, critic_file: Path | None, layers: Sequence[int] | None
 ) -> GuideParts:
-    """The parts in a checkpoint's EMA; see :func:`export_guide`."""
-    weights: dict[str, Tensor] = {_WRAPPERS.sub("", key): value for key, value in checkpoint["ema"].items()}
+    """The parts in a checkpoint; see :func:`export_guide`."""
+    weights = _weights(checkpoint)
     prefix, shape = _latents(weights, name)
     record: dict[str, Any] = {}
     if critic_file is not None:
@@ -70,16 +70,19 @@ def guide_parts(
     else:
         critic = _own_critic(weights, shape, name)
     own = group(weights, "vrpo.projectors.") or group(weights, "projectors.")
-    projectors = build_projectors(own, critic)
-    if not projectors:
+    if not own:
         do = "Export the guide of a run that aligns features (features='policy', or REPA's own)."
-        raise CheckpointError(name, expected="projectors in 'ema'", got="none", do=do)
+        raise CheckpointError(name, expected="projectors", got="none", do=do)
     chosen = tuple(layers) if layers else (_early(checkpoint, weights),)
-    if len(projectors) != len(chosen) * len(critic.target_dims):
-        do = "Name the blocks that the run aligned: --guide-layers 4,8."
-        got = f"{len(projectors)} projectors, blocks {chosen}, {len(critic.target_dims)} encoder(s)"
-        raise ConfigError("layers", expected="one projector per block and encoder", got=got, do=do)
-    return GuideParts(critic, projectors, chosen, prefix, record=record)
+    return GuideParts.of_weights(critic, own, chosen, prefix, record, do="Name the blocks: --guide-layers 4,8.")
+
+
+def _weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The EMA's, and the aligner's of the last step: a patched host's EMA holds none (``HostAligner``)."""
+    model, ema = (
+        {_WRAPPERS.sub("", key): value for key, value in checkpoint[part].items()} for part in ("model", "ema")
+    )
+    return {key: value for key, value in model.items() if key.startswith("vrpo.")} | ema
 
 
 def _latents(weights: Mapping[str, Tensor], name: str) -> tuple[int, tuple[int, int, int]]:
@@ -98,7 +101,7 @@ def _own_critic(weights: Mapping[str, Tensor], shape: tuple[int, int, int], name
     own = group(weights, _CRITIC)
     if not own:
         do = "Give one: --guide-critic critic.safetensors, made by 'vrpo train-critic' for the same encoder."
-        raise CheckpointError(name, expected="a critic in 'ema'", got="none", do=do)
+        raise CheckpointError(name, expected="a critic", got="none", do=do)
     heads = [own[f"heads.{i}.weight"] for i in range(sum(key.endswith(".weight") for key in group(own, "heads.")))]
     halvings = len({key.split(".")[0] for key in group(own, "down.")})
     grid = shape[1] // fold_of(shape[1], shape[2]) // 2**halvings

@@ -30,8 +30,8 @@ class HostOptions:
             the run. 0 leaves the optimizer alone.
         fused_optimizer: make the optimizer fused: a step that is not finite is then left out without waiting for the
             device, and its numbers are rounded otherwise. False leaves it as the host made it.
-        compile: ``torch.compile`` the aligner: a third to a quarter of its kernels, after a first step that takes up to
-            a minute more. Where launching kernels is what a step waits for.
+        compile: ``torch.compile`` the aligner: a quarter to a third of its kernels, after compiling in the first steps.
+            Where launching kernels is what a step waits for.
         allow_unverified: accept a host whose code differs from the verified commits, and parameters with defaults that
             it has added; not another signature.
 

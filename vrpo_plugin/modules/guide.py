@@ -31,7 +31,7 @@ class RewardGuide:
 
     Each call of the transformer gives x0_hat, and on its way the hidden tokens h of an early block. With the reward
     r(x) = mean_n cos(C(x)_n, P(h)_n) of the critic C and the projector P, x0_hat moves along grad r, and the velocity
-    follows. The gradient passes the critic alone, which costs about 1% of the transformer.
+    follows. The gradient passes the critic alone.
 
     Args:
         model: the transformer that samples.

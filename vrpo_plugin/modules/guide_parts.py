@@ -70,6 +70,34 @@ class GuideParts:
             raise ConfigError("projectors", expected="model.vrpo's or model.projectors", got="none", do=do)
         return cls(critic, tuple(own), (int(getattr(model, "encoder_depth", 0)),), prefix, record=record)
 
+    @classmethod
+    def of_weights(
+        cls,
+        critic: LatentCritic,
+        projectors: Mapping[str, Tensor],
+        layers: tuple[int, ...],
+        prefix_tokens: int,
+        record: dict[str, Any],
+        *,
+        do: str,
+    ) -> "GuideParts":
+        """The parts of a checkpoint's weights.
+
+        Args:
+            critic: frozen.
+            projectors: tensors ``<number>.*``.
+            layers, prefix_tokens, record: see the class.
+            do: what to do where the numbers do not fit.
+
+        Raises:
+            ConfigError: not one projector per layer and encoder.
+        """
+        built, encoders = build_projectors(projectors, critic), len(critic.target_dims)
+        if len(built) != len(layers) * encoders:
+            expected = f"one projector for each of the blocks {layers} and {encoders} encoder(s)"
+            raise ConfigError("layers", expected=expected, got=len(built), do=do)
+        return cls(critic, built, layers, prefix_tokens, record=record)
+
     def to(self, device: torch.device) -> "GuideParts":
         """Moves all parts, in place where they are modules."""
         for part in (self.critic, *self.projectors):

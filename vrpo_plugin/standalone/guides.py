@@ -7,7 +7,7 @@ from safetensors import SafetensorError, safe_open
 
 from vrpo_plugin.errors import ConfigError
 from vrpo_plugin.modules.guide import RewardGuide
-from vrpo_plugin.modules.guide_parts import GuideParts, build_projectors, group, load_critic
+from vrpo_plugin.modules.guide_parts import GuideParts, group, load_critic
 from vrpo_plugin.modules.taps import resolve_layers
 from vrpo_plugin.standalone.checkpoint import load_group
 from vrpo_plugin.standalone.trained import Trained
@@ -43,18 +43,13 @@ def _with_projectors(file: Path, trained: Trained) -> GuideParts:
         raise ConfigError("guide", expected="a guide, for weights alone", got=f"a critic, {file}", do=do)
     critic, record = load_critic(file)
     weights, _, _ = load_group(trained.checkpoint, "model")
-    projectors = build_projectors(group(weights, "vrpo.projectors."), critic)
-    depth = len(trained.model.blocks)
     chosen = trained.settings.get("layers", "early")
     layers = resolve_layers(
         tuple(chosen) if isinstance(chosen, list) else chosen,
-        depth,
+        len(trained.model.blocks),
         encoder_depth=trained.settings.get("encoder_depth"),
     )
-    if len(projectors) != len(layers) * len(critic.target_dims) or not projectors:
-        expected = f"a run with projectors for {len(critic.target_dims)} encoder(s) on blocks {layers}"
-        raise ConfigError("guide", expected=expected, got=f"{len(projectors)} projectors", do=do)
-    return GuideParts(critic, projectors, layers, record=record)
+    return GuideParts.of_weights(critic, group(weights, "vrpo.projectors."), layers, 0, record, do=do)
 
 
 def _is_critic(file: Path) -> bool:
