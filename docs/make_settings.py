@@ -20,12 +20,12 @@ Every setting of the objective is a field of `VRPOConfig`, and has the same name
 
 | where | how |
 |---|---|
-| your own loop | `VRPOAligner(..., reward_coeff=0.8)` or `VRPOAligner(..., config=VRPOConfig(reward_coeff=0.8))` |
-| the launcher | `accelerate launch -m vrpo_plugin.launch --vrpo-reward-coeff 0.8 train.py ...` |
-| one line in a host | `vrpo_plugin.apply_vrpo_to_repa(reward_coeff=0.8)` |
-| the environment | `VRPO_REWARD_COEFF=0.8` |
-| a YAML or JSON file for a host | `reward_coeff: 0.8`, named by `--vrpo-config FILE` or `VRPO_CONFIG` |
-| the example trainer | `--reward-coeff 0.8`, or `reward_coeff: 0.8` in a recipe |
+| your own loop | `VRPOAligner(..., reward_coeff=0.08)` or `VRPOAligner(..., config=VRPOConfig(reward_coeff=0.08))` |
+| the launcher | `accelerate launch -m vrpo_plugin.launch --vrpo-reward-coeff 0.08 train.py ...` |
+| one line in a host | `vrpo_plugin.apply_vrpo_to_repa(reward_coeff=0.08)` |
+| the environment | `VRPO_REWARD_COEFF=0.08` |
+| a YAML or JSON file for a host | `reward_coeff: 0.08`, named by `--vrpo-config FILE` or `VRPO_CONFIG` |
+| the example trainer | `--reward-coeff 0.08`, or `reward_coeff: 0.08` in a recipe |
 
 An unknown name is an error that names the nearest one.
 

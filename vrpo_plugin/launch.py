@@ -21,7 +21,6 @@ from vrpo_plugin.hosts.known import find_spec, host_of_script
 from vrpo_plugin.hosts.metrics import is_main_process
 from vrpo_plugin.hosts.no_encoder import settle
 from vrpo_plugin.hosts.options import FLAGS, KEYS, HostOptions, parse_value, resolve_settings
-from vrpo_plugin.hosts.pixels import read_critic_targets
 from vrpo_plugin.hosts.report import describe_host, describe_result, describe_settings, say, why_not
 from vrpo_plugin.hosts.wrap import patch_bypassed
 from vrpo_plugin.patching.handle import PatchHandle
@@ -42,7 +41,7 @@ Runs a training script of REPA, SiT, DiT or another supported codebase with VRPO
 the host by its files, checks that they are at a known version, applies VRPO and runs the script.
 
 example:
-  accelerate launch -m vrpo_plugin.launch --vrpo-dry-run --vrpo-reward-coeff 0.8 train.py --data-dir ../data
+  accelerate launch -m vrpo_plugin.launch --vrpo-dry-run --vrpo-reward-coeff 0.08 train.py --data-dir ../data
   (without --vrpo-dry-run to train)
 
 options:
@@ -187,9 +186,7 @@ def _refusal(spec: HostSpec, folder: Path, config: VRPOConfig, options: HostOpti
     try:
         check_settings(spec, config, options)
         if not changes_nothing(spec, config):
-            spec, config = settle(spec, config)
-            if config.targets == "critic":
-                read_critic_targets(config, spec.name)
+            spec, _, _ = settle(spec, config)
     except VRPOError as error:
         return error
     return why_not(spec, folder, allow_unverified=options.allow_unverified)

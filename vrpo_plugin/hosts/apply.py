@@ -23,7 +23,6 @@ from vrpo_plugin.hosts.libraries import libraries_of, verify_libraries
 from vrpo_plugin.hosts.metrics import Tracker
 from vrpo_plugin.hosts.no_encoder import loader_seams, settle
 from vrpo_plugin.hosts.options import CONFIG_KEYS, KEYS, OPTION_KEYS, HostOptions, resolve_settings
-from vrpo_plugin.hosts.pixels import read_critic_targets
 from vrpo_plugin.hosts.wrap import model_and_loss
 from vrpo_plugin.patching.fingerprint import SourcePoint, inspect_point, verify_points
 from vrpo_plugin.patching.handle import Hook, PatchHandle, Seam, active_handles, apply_patch
@@ -71,9 +70,7 @@ def apply_vrpo(
     idle = changes_nothing(spec, config)
     given, targets = config, None
     if not idle:
-        spec, config = settle(spec, config)
-    if config.targets == "critic" and not idle:
-        targets = read_critic_targets(config, spec.name)
+        spec, config, targets = settle(spec, config)
     modules = {point.file: _import(spec, point) for point in spec.points}
     root = _root(spec.model, modules[spec.model.file])
     verify_points(root, spec.points, allow_unverified=options.allow_unverified)

@@ -8,6 +8,7 @@ from functools import wraps
 from typing import Any
 
 from vrpo_plugin.config import VRPOConfig
+from vrpo_plugin.encoders import Targets
 from vrpo_plugin.errors import ConfigError
 from vrpo_plugin.hosts.base import HostSpec, Session
 from vrpo_plugin.hosts.pixels import read_critic_targets
@@ -32,19 +33,19 @@ def no_encoders(dims: Sequence[int]) -> tuple[list[NoEncoder], list[str], list[s
     return [NoEncoder(dim) for dim in dims], [], []
 
 
-def settle(spec: HostSpec, config: VRPOConfig) -> tuple[HostSpec, VRPOConfig]:
-    """The host and the objective where a critic's tokens are the targets; elsewhere as they are.
+def settle(spec: HostSpec, config: VRPOConfig) -> tuple[HostSpec, VRPOConfig, Targets | None]:
+    """Host, objective and targets where a critic's tokens are the targets; elsewhere as they are, and None.
 
     Raises:
         ConfigError: a host without images lacks a pretrained, frozen critic.
         CheckpointError: its file is missing or damaged.
     """
-    if spec.encoder == "critic":
-        read_critic_targets(config, spec.name)
-        config = replace(config, targets="critic")
-    if config.targets == "critic" and spec.encoder_loader is not None:
+    if "critic" not in (spec.encoder, config.targets):
+        return spec, config, None
+    targets = read_critic_targets(config, spec.name)
+    if spec.encoder_loader is not None:
         spec = replace(spec, verified=(*spec.verified, spec.encoder_loader))
-    return spec, config
+    return spec, replace(config, targets="critic"), targets
 
 
 def loader_seams(session: Session) -> list[Seam]:
