@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -112,6 +113,12 @@ def test_a_library_that_has_changed_is_refused(vrpo, tree: Path, tmp_path: Path,
     name = "accelerate.Accelerator.log"
     assert f"result      repa: cannot be applied: {name}: expected parameters (self, values" in shown.out
     assert f"process     {name}: REFUSED: parameters (self rows), expected (self values " in shown.out
+
+
+def test_a_stand_in_for_a_library_is_not_compared(vrpo, tree: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", ModuleType("accelerate"))  # its __spec__ is None
+    shown = vrpo("check", tree, "--host", "repa")
+    assert shown.status == 0 and "accelerate.Accelerator.log" in shown.out
 
 
 @pytest.mark.parametrize("command", [("--version",), ("check", "{tree}"), ("--help",), ("patch", "--help")])
