@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import guide
 import pytest
 from convergence.recipe import JUDGES, read_recipe
 from convergence.report import best_point, last_point, ratio_lines, summarize, table
@@ -85,3 +86,9 @@ def test_the_main_table_of_the_page_is_the_stored_one() -> None:
         assert f"| {' | '.join(cells)} |" in page
     lines = [line for line in ratio_lines(summary).splitlines() if line.startswith("vrpo against repa,")]
     assert len(lines) == len(JUDGES) and "\n".join(lines) in page
+
+
+def test_the_guides_table_is_the_stored_one() -> None:
+    stored = json.loads((REPO / "benchmarks" / "results" / "guide" / "cifar16.json").read_text(encoding="utf-8"))
+    page = (REPO / "docs" / "guide.md").read_text(encoding="utf-8")
+    assert guide.table(stored["points"]) in page and f"{stored['protocol']['samples']} images" in page
