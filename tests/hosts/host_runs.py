@@ -90,6 +90,14 @@ HOSTS = {
         environment=(("ENTITY", "nobody"), ("PROJECT", "none")),
     ),
     "DiT": Host("DiT", "train.py", SIT + " --model DiT-T/2 --epochs 5", host_data.image_folder, cuda=True),
+    # Its accelerator wraps a model in DDP, and saves model.module, on two processes and more.
+    "fast-DiT": Host(
+        "fast-DiT",
+        "train.py",
+        "--model DiT-T/2 --epochs 5 --results-dir out --global-batch-size 4 --num-workers 0 --log-every 1",
+        host_data.fast_dit,
+        environment=(("VRPO_TEST_FAKE_CUDA", "1"),),
+    ),
     "LightningDiT": Host(
         "LightningDiT",
         "train.py",
