@@ -1,8 +1,10 @@
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -10,7 +12,15 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from vrpo_plugin.errors import ShapeError
-from vrpo_plugin.functional.tensors import grid_like, promote, resample_tokens, square_grid
+from vrpo_plugin.functional.tensors import (
+    cosines,
+    direction_distances,
+    directions,
+    grid_like,
+    promote,
+    resample_tokens,
+    square_grid,
+)
 
 Grid = tuple[int, int]
 
@@ -109,3 +119,39 @@ def test_grid_like_has_the_aspect(times: int, height: int, width: int, scale: in
 def test_tokens_of_another_aspect_are_an_error(tokens: int, sides: tuple[int, int] | None) -> None:
     with pytest.raises(ShapeError, match=f"got {tokens}. Drop cls"):
         grid_like(tokens, sides)
+
+
+def test_cosines_and_distances_are_those_of_directions() -> None:
+    x, y = (torch.randn(3, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    x[0, 0], y[1, 1], x[1, 4], y[1, 4] = 0, 0, 0, 0
+    x[2, 2] *= 1e-5
+    y[2, 3] *= 1e-5
+    weights = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def by_directions(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        one, other = directions(a, -1, eps=1e-6), directions(b, -1, eps=1e-6)
+        return (one * other).sum(-1), (one - other).square().sum(-1)
+
+    for index, function in enumerate((cosines, direction_distances)):
+        found = []
+        for of in (lambda a, b, f=function: f(a, b, -1, eps=1e-6), lambda a, b, i=index: by_directions(a, b)[i]):
+            a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+            value = of(a, b)
+            (value * weights).sum().backward()
+            found.append((value.detach(), a.grad, b.grad))
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("function", [cosines, direction_distances])
+def test_half_precision_is_kept_as_it_is_for_the_backward_pass(function: Callable[..., Tensor]) -> None:
+    x, y = torch.randn(2, 40, 64).bfloat16().requires_grad_(), torch.randn(2, 40, 64)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        value = function(x, y, -1)
+    large = {t.data_ptr() for t in kept if t.numel() == x.numel()}
+    assert large == {x.data_ptr(), y.data_ptr()} and value.dtype == torch.float32
+    value.sum().backward()
+    exact = x.detach().double().requires_grad_()
+    function(exact, y.double(), -1).sum().backward()
+    assert x.grad.dtype == torch.bfloat16 and F.cosine_similarity(x.grad.double(), exact.grad, dim=-1).min() > 0.999

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fakes.tiny_sit import TinySiT, align, make_batch, tiny_aligner
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -220,3 +221,68 @@ def test_a_critic_of_another_purpose_is_refused(
 @pytest.mark.parametrize("record", [{}, {"made_for": {}}, {"made_for": dict.fromkeys(MADE_FOR)}])
 def test_a_file_that_does_not_say_its_purpose_is_taken(tmp_path: Path, record: dict[str, Any]) -> None:
     check_purpose(tmp_path / "old.safetensors", record, CriticPurpose(**MADE_FOR))
+
+
+def autocast() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def kept_bytes(critic: LatentCritic, latent: torch.Tensor) -> int:
+    """Of what a call keeps for its backward pass, weights left out."""
+    kept: dict[int, int] = {}
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        if x.numel() >= latent.numel():
+            kept[x.data_ptr()] = x.numel() * x.itemsize
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        seen = critic(latent)
+    assert seen.tokens[0].requires_grad
+    return sum(kept.values())
+
+
+def test_under_autocast_everything_is_in_half_precision_and_takes_half_the_memory() -> None:
+    torch.manual_seed(0)
+    critic = LatentCritic((4, 16, 16), (24,), (8, 8), width=64).requires_grad_(False)
+    latent = torch.randn(8, 4, 16, 16).requires_grad_()
+    whole = kept_bytes(critic, latent)
+    exact = critic(latent)
+    with autocast():
+        half, seen = kept_bytes(critic, latent), critic(latent)
+    assert half <= 0.55 * whole
+    assert {x.dtype for x in (*seen.tokens, *seen.features)} == {torch.bfloat16}
+    gradients = [torch.autograd.grad(out.tokens[0].float().square().sum(), latent)[0] for out in (seen, exact)]
+    assert F.cosine_similarity(*(g.flatten() for g in gradients), dim=0) > 0.999
+
+
+def test_a_frozen_critic_casts_its_weights_once_and_again_when_they_change(tmp_path: Path) -> None:
+    critic, latent = small_critic().requires_grad_(False), torch.randn(2, 4, 8, 8)
+    other = small_critic()
+    with autocast():
+        with torch.inference_mode():
+            first = critic(latent)  # such tensors could not be used in training
+        again = critic(latent.requires_grad_())
+        again.tokens[0].sum().backward()
+        weights = critic._kept[1]
+        critic(latent)
+        assert critic._kept[1] is weights and torch.equal(first.tokens[0], again.tokens[0])
+        for change in (lambda: critic.load_state_dict(other.state_dict()), lambda: critic.heads[0].bias.add_(1)):
+            change()
+            torch.testing.assert_close(critic(latent).tokens[0], fresh(critic)(latent).tokens[0], rtol=0, atol=0)
+    assert critic.state_dict().keys() == other.state_dict().keys()
+    critic.double()
+    assert critic(latent.double()).tokens[0].dtype == torch.float64
+
+
+def fresh(critic: LatentCritic) -> LatentCritic:
+    copy = small_critic().requires_grad_(False)
+    copy.load_state_dict(critic.state_dict())
+    return copy
+
+
+def test_a_critic_that_learns_gets_gradients_under_autocast() -> None:
+    critic = small_critic()
+    with autocast():
+        critic(torch.randn(2, 4, 8, 8)).tokens[0].float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.any() for p in critic.parameters())

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from vrpo_plugin.errors import ShapeError
-from vrpo_plugin.functional.tensors import directions, promote
+from vrpo_plugin.functional.tensors import cosines, promote
 
 
 def cosine_alignment(z_tilde: Tensor, z: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def cosine_alignment(z_tilde: Tensor, z: Tensor) -> Tensor:
             got=tuple(z.shape),
             do="Resample the tokens to one grid and check the encoder's dimension.",
         )
-    return (directions(promote(z_tilde), -1) * directions(promote(z), -1)).sum(-1).mean(-1)
+    return cosines(z_tilde, z, -1).mean(-1)
 
 
 def spatial_normalize(z: Tensor, *, alpha: float = 0.6, eps: float = 1e-6) -> Tensor:

@@ -9,7 +9,7 @@ from einops import reduce
 from torch import Tensor
 
 from vrpo_plugin.functional.alignment import cosine_alignment
-from vrpo_plugin.functional.tensors import directions, promote, require_shape
+from vrpo_plugin.functional.tensors import direction_distances, promote, require_shape
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,7 @@ def feature_distance(features: Sequence[Tensor], reference: Sequence[Tensor], *,
     distances = []
     for f, g in zip(features, reference, strict=True):
         require_shape("features", f, g.shape)
-        f, g = directions(promote(f), 1, eps=eps), directions(promote(g), 1, eps=eps)
-        distances.append(reduce((f - g).square().sum(1), "b h w -> b", "mean"))
+        distances.append(reduce(direction_distances(f, g, 1, eps=eps), "b h w -> b", "mean"))
     return torch.stack(distances).mean(0)
 
 

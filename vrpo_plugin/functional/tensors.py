@@ -160,6 +160,27 @@ def directions(x: Tensor, dim: int, *, eps: float = 1e-12) -> Tensor:
     return _Directions.apply(x, dim, eps)[0]
 
 
+def cosines(x: Tensor, y: Tensor, dim: int, *, eps: float = 1e-12) -> Tensor:
+    """``<x / max(|x|, eps), y / max(|y|, eps)>`` along ``dim``, with the gradient of :func:`directions`.
+
+    Computed in float32 at least. Only the inputs, as they are, and their lengths are kept for the backward pass.
+
+    Args:
+        x, y: vectors (B, ...) of one shape, any floating dtype.
+        dim: along which a vector lies.
+        eps: smallest length that is divided by.
+
+    Returns:
+        Cosines of the shape of ``x`` without ``dim``.
+    """
+    return _Cosines.apply(x, y, dim, eps)[0].squeeze(dim)
+
+
+def direction_distances(x: Tensor, y: Tensor, dim: int, *, eps: float = 1e-12) -> Tensor:
+    """``|x / max(|x|, eps) - y / max(|y|, eps)|^2`` along ``dim``; else as :func:`cosines`."""
+    return _DirectionDistances.apply(x, y, dim, eps)[0].squeeze(dim)
+
+
 class _Directions(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, dim: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -175,10 +196,79 @@ class _Directions(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         unit, length = ctx.saved_tensors
-        usual = length.mean(tuple(range(1, length.ndim)), keepdim=True)
-        long_enough = length > (SHORT * usual).clamp(min=SHORTEST)
         across = grad - unit * (grad * unit).sum(ctx.dim, keepdim=True)
-        return torch.where(long_enough, across / length, 0), None, None
+        return torch.where(_long_enough(length), across / length, 0), None, None
+
+
+def _long_enough(length: Tensor) -> Tensor:
+    """Of vectors (B, ...): which get a gradient."""
+    usual = length.mean(tuple(range(1, length.ndim)), keepdim=True)
+    return length > (SHORT * usual).clamp(min=SHORTEST)
+
+
+class _Cosines(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, y: Tensor, dim: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        length_x, length_y = _length(x, dim, eps), _length(y, dim, eps)
+        return (promote(x) * y).sum(dim, keepdim=True) / (length_x * length_y), length_x, length_y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, float], output: tuple[Tensor, ...]) -> None:
+        _keep(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, Tensor | None, None, None]:
+        if grad is None:
+            return None, None, None, None
+        return *_gradients(ctx, grad, ctx.saved_tensors[2]), None, None
+
+
+class _DirectionDistances(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, y: Tensor, dim: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        length_x, length_y = _length(x, dim, eps), _length(y, dim, eps)
+        # The difference itself: 2 - 2 cos of two directions that are nearly one would be lost in rounding.
+        return (x / length_x - y / length_y).square().sum(dim, keepdim=True), length_x, length_y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, float], output: tuple[Tensor, ...]) -> None:
+        _keep(ctx, inputs, output)
+        ctx.eps = inputs[3]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, Tensor | None, None, None]:
+        if grad is None:
+            return None, None, None, None
+        _, _, distance, length_x, length_y = ctx.saved_tensors
+        # A vector that counts as 0 has no direction.
+        cosine = torch.where(torch.minimum(length_x, length_y) > ctx.eps, 1 - distance / 2, 0)
+        return *_gradients(ctx, -2 * grad, cosine), None, None
+
+
+def _length(x: Tensor, dim: int, eps: float) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=dtype).clamp(min=eps)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int, float], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs[:2], *output)
+
+
+def _gradients(ctx: Any, grad: Tensor, cosine: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """By both vectors, of a function of their cosine: d cos / dx = (y - x cos |y| / |x|) / (|x| |y|)."""
+    x, y, _, length_x, length_y = ctx.saved_tensors
+    grad = grad / (length_x * length_y)
+
+    def by(own: Tensor, other: Tensor, length: Tensor, length_other: Tensor) -> Tensor:
+        across = torch.addcmul(other, own, cosine * length_other / length, value=-1)
+        return (torch.where(_long_enough(length), grad, 0) * across).to(own.dtype)
+
+    return (
+        by(x, y, length_x, length_y) if ctx.needs_input_grad[0] else None,
+        by(y, x, length_y, length_x) if ctx.needs_input_grad[1] else None,
+    )
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

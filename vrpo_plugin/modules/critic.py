@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from vrpo_plugin.errors import CheckpointError, ConfigError, ShapeError
 from vrpo_plugin.files import write_file
@@ -108,6 +110,7 @@ class LatentCritic(nn.Module):
         self.context = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.norm = _Activation(width)
         self.heads = nn.ModuleList(nn.Linear(width, dim) for dim in target_dims)
+        self._kept: tuple[Any, dict[str, Tensor]] | None = None  # no buffers: they are no part of a checkpoint
 
     def sizes(self) -> dict[str, Any]:
         """The constructor's arguments, as plain data."""
@@ -131,7 +134,25 @@ class LatentCritic(nn.Module):
                 got=tuple(latent.shape),
                 do="Build the critic with latent_shape= of your latents.",
             )
-        latent = latent.to(next(self.parameters()).dtype)
+        half = _autocast_dtype(latent.device.type)
+        if half is None or half == next(self.parameters()).dtype:
+            return self._see(latent.to(next(self.parameters()).dtype))
+        # Autocast would compute the norms in float32, with a cast before and after each: twice the memory.
+        with torch.autocast(latent.device.type, enabled=False):
+            return functional_call(self, self._weights_in(half), (latent.to(half),))
+
+    def _weights_in(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The parameters in another precision; those of a frozen critic are kept from call to call."""
+        weights = dict(self.named_parameters())
+        kept = not any(p.requires_grad or p.is_meta or p.is_inference() for p in weights.values())
+        if not kept or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return {name: p.to(dtype) for name, p in weights.items()}
+        state = (dtype, *((p.data_ptr(), p._version) for p in weights.values()))
+        if self._kept is None or self._kept[0] != state:
+            self._kept = state, {name: p.to(dtype) for name, p in weights.items()}
+        return self._kept[1]
+
+    def _see(self, latent: Tensor) -> CriticOutput:
         h = rearrange(latent, "b c (h p) (w q) -> b (c p q) h w", p=self.fold, q=self.fold)
         h = self.stem(h)
         features = [h]
@@ -232,6 +253,13 @@ class _Activation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.silu(self.norm(x))
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast brings matrix products to; None outside of it."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 def fold_of(height: int, width: int) -> int:
