@@ -53,7 +53,8 @@ class FrozenEncoder:
     def __init__(self, model: Any, name: str, input_size: int, token_grid: tuple[int, int] | None = None) -> None:
         from timm.data import resolve_model_data_config
 
-        self.model = model.eval().requires_grad_(False)
+        # Convolutions run up to twice as fast on weights in this order, and give the same tokens to rounding.
+        self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.name = name
         self.input_size = input_size
         pixels = resolve_model_data_config(model)

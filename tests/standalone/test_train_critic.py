@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fakes.host_folders import reset_accelerate
@@ -21,11 +22,13 @@ from vrpo_plugin import CheckpointError, ConfigError, DataError, VRPOAligner, VR
 from vrpo_plugin.cli import main
 from vrpo_plugin.modules.critic import LatentCritic, load_critic_weights
 from vrpo_plugin.standalone import train_critic as module
+from vrpo_plugin.standalone.cache_features import CacheSettings, cache_features
+from vrpo_plugin.standalone.feature_cache import FeatureCache
 from vrpo_plugin.standalone.sit import create_sit
 from vrpo_plugin.standalone.small_training import train_small_features
-from vrpo_plugin.standalone.sources import DigitsSource, all_images
+from vrpo_plugin.standalone.sources import DigitsSource, all_images, open_source
 from vrpo_plugin.standalone.targets import load_targets
-from vrpo_plugin.standalone.train_critic import HELD_OUT_EVERY, CriticTraining, Part, train_critic
+from vrpo_plugin.standalone.train_critic import HELD_OUT_EVERY, CriticTraining, Part, PartOfCache, train_critic
 
 OPTIONS = (
     "--resolution 8 --enc-type small --critic-width 16 --batch-size 64 --learning-rate 0.003 --num-workers 0".split(" ")
@@ -269,3 +272,40 @@ def test_repa_latents_train_a_critic(tmp_path: Path) -> None:
     train_critic(CriticTraining(output=str(output), data_dir=str(tmp_path / "data"), **settings))
     critic = LatentCritic((4, 4, 4), (64,), (8, 8), width=16)
     assert load_critic_weights(critic, output)["steps"] == 3
+
+
+def test_stored_tokens_stand_for_the_encoder(trained: Path, tmp_path: Path) -> None:
+    encoder = str(trained.with_suffix(".encoder.safetensors"))
+    images, labels = all_images(DigitsSource(), 400)
+    np.savez(tmp_path / "data.npz", images=images.numpy(), labels=labels.numpy())
+    own = {
+        "data_dir": str(tmp_path / "data.npz"),
+        "resolution": 8,
+        "critic_width": 16,
+        "batch_size": 64,
+        "num_workers": 0,
+    }
+    own |= {"learning_rate": 3e-3, "steps": 150}
+    folder = tmp_path / "features"
+    caching = {"data": own["data_dir"], "encoder": "small", "encoder_checkpoint": encoder, "resolution": 8}
+    cache_features(CacheSettings(output=str(folder), num_workers=0, **caching))
+
+    asked = train_critic(
+        CriticTraining(output=str(tmp_path / "asked.safetensors"), enc_type="small", enc_checkpoint=encoder, **own)
+    )
+    stored = train_critic(CriticTraining(output=str(tmp_path / "stored.safetensors"), features_dir=str(folder), **own))
+    assert stored["made_for"] == asked["made_for"] and stored["enc_type"] == asked["made_for"]["encoder"]
+    # Tokens in half precision; those of other images would agree no better than at the start.
+    assert abs(stored["held_out_cosine"] - asked["held_out_cosine"]) < 0.005 < stored["held_out_cosine"] - 0.3
+    assert not (tmp_path / "stored.encoder.safetensors").exists()
+
+    cache = FeatureCache(folder)
+    part = Part(open_source(own["data_dir"], 8), held_out=True)
+    assert torch.equal(PartOfCache(cache, part).read(3), cache.read(3 * HELD_OUT_EVERY))
+    with pytest.raises(ConfigError, match="features_dir: expected None with enc_checkpoint"):
+        train_critic(
+            CriticTraining(output=str(tmp_path / "n"), features_dir=str(folder), enc_checkpoint=encoder, **own)
+        )
+    other = {**own, "data_dir": None}
+    with pytest.raises(ConfigError, match="one of this data: 1797 images"):
+        train_critic(CriticTraining(output=str(tmp_path / "n"), features_dir=str(folder), **other))

@@ -7,7 +7,7 @@ number of processes and another number of workers see the same bytes.
 import hashlib
 import math
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -15,13 +15,20 @@ from torch.utils.data import Dataset, Sampler
 
 from vrpo_plugin.errors import ConfigError
 from vrpo_plugin.functional.interpolant import PATH_TYPES, PathType
-from vrpo_plugin.standalone.feature_cache import FeatureCache
 from vrpo_plugin.standalone.source_files import data_error
 from vrpo_plugin.standalone.sources import Source
 
 TimeSampling = Literal["uniform", "lognormal"]
 TIME_SAMPLINGS: tuple[str, ...] = get_args(TimeSampling)
 LATENTS_SCALE = 0.18215
+
+
+class StoredFeatures(Protocol):
+    """What is stored of a source's images: a ``FeatureCache``, or a part of one."""
+
+    def read(self, index: int, flipped: bool = False) -> Tensor:
+        """Of an image, or of its mirror image."""
+        ...
 
 
 class TrainingSamples(Dataset[dict[str, Tensor]]):
@@ -61,7 +68,7 @@ class TrainingSamples(Dataset[dict[str, Tensor]]):
         label_drop_prob: float = 0.1,
         time_sampling: TimeSampling = "uniform",
         path_type: PathType = "linear",
-        features: FeatureCache | None = None,
+        features: StoredFeatures | None = None,
     ) -> None:
         for name, value in (("flip_prob", flip_prob), ("label_drop_prob", label_drop_prob)):
             if not 0 <= value <= 1:

@@ -94,9 +94,7 @@ def read_events(folder: Path) -> Metrics:
 
 
 def _scalars(folder: Path) -> Iterator[tuple[str, Series]]:
-    from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-not-found,unused-ignore]
-        EventAccumulator,
-    )
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     # 0 keeps every scalar, those too that a restart has written again.
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from vrpo_plugin.config import VRPOConfig
 from vrpo_plugin.errors import ConfigError, DataError
@@ -19,11 +19,12 @@ from vrpo_plugin.modules.critic import LatentCritic, save_critic
 from vrpo_plugin.settings import check_kinds
 from vrpo_plugin.standalone.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from vrpo_plugin.standalone.data import PositionBatchSampler, TrainingSamples
+from vrpo_plugin.standalone.feature_cache import FeatureCache
 from vrpo_plugin.standalone.phases import Phase, Remarks, describe_source
 from vrpo_plugin.standalone.progress import progress
 from vrpo_plugin.standalone.sources import Source, open_source
 from vrpo_plugin.standalone.stopping import Agreement, StopSignals, WorkerSignals
-from vrpo_plugin.standalone.targets import SMALL, load_targets
+from vrpo_plugin.standalone.targets import SMALL, cached_targets, load_targets
 from vrpo_plugin.standalone.training import load_states, whole_states
 
 if TYPE_CHECKING:
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 
 HELD_OUT_EVERY = 20
 EXCHANGE_EVERY = 50  # steps, at most
-FREE_ON_RESUME = frozenset({"resume", "checkpointing_steps", "num_workers", "data_dir", "output", "enc_checkpoint"})
+FREE_ON_RESUME = frozenset(
+    {"resume", "checkpointing_steps", "num_workers", "data_dir", "output", "enc_checkpoint", "features_dir"}
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class CriticTraining:
         resolution: side in pixels, for images.
         enc_type: as ``VRPOAligner``'s encoder: timm's or REPA's names, or ``small``.
         enc_checkpoint: local weights of the encoder.
+        features_dir: folder that ``vrpo cache-features`` wrote for this data: its tokens are the targets, no encoder
+            runs, and ``enc_type`` is not asked.
         critic_width: channels at the token grid; must be the run's.
         batch_size: over all processes.
         steps: optimizer steps.
@@ -60,6 +65,7 @@ class CriticTraining:
     resolution: int = 256
     enc_type: str = "dinov2-vit-b"
     enc_checkpoint: str | None = None
+    features_dir: str | None = None
     critic_width: int = VRPOConfig.critic_width
     batch_size: int = 256
     steps: int = 20_000
@@ -100,6 +106,18 @@ class Part:
         return self.source.fingerprint()
 
 
+@dataclass(frozen=True)
+class PartOfCache:
+    """The same part of a cache of the source's features."""
+
+    cache: FeatureCache
+    part: Part
+
+    def read(self, index: int, flipped: bool = False) -> Tensor:
+        """As the cache's."""
+        return self.cache.read(self.part.indices[index], flipped)
+
+
 def train_critic(settings: CriticTraining) -> dict[str, Any]:
     """Trains a critic by cosine regression on clean latents (equation 15), writes it, and returns its record.
 
@@ -122,7 +140,7 @@ def train_critic(settings: CriticTraining) -> dict[str, Any]:
         phase.made = describe_source(source)
     if len(source) < 2 * HELD_OUT_EVERY:
         raise DataError("data", expected=f"at least {2 * HELD_OUT_EVERY} images", got=len(source), do="Add images.")
-    _loader(settings, source, accelerator)  # refuses a batch that cannot be shared out
+    _sampler(settings, accelerator)  # refuses a batch that cannot be shared out
     run = _Training(settings, source, accelerator)
     accelerator.wait_for_everyone()  # every process has looked before the first one writes
     if accelerator.is_main_process:
@@ -130,6 +148,8 @@ def train_critic(settings: CriticTraining) -> dict[str, Any]:
     run.build()
     run.train()
     record = {k: v for k, v in asdict(settings).items() if k not in ("resume", "checkpointing_steps")}
+    if run.cache is not None:
+        record["enc_type"] = run.cache.identity.encoder
     record |= {"held_out_cosine": run.agreement_on_held_out(), "data_fingerprint": source.fingerprint()}
     record["made_for"] = asdict(replace(run.targets.critic_purpose(), target_norm="none"))
     if accelerator.is_main_process:
@@ -150,6 +170,10 @@ class _Training:
         self.remarks = Remarks(source, "data" if processes == 1 else f"data (process {rank})")
         self.recorded = {k: v for k, v in asdict(settings).items() if k not in FREE_ON_RESUME}
         self.recorded |= {"data_fingerprint": source.fingerprint(), "precision": accelerator.mixed_precision}
+        self.cache = FeatureCache(settings.features_dir) if settings.features_dir is not None else None
+        if self.cache is not None:
+            self.cache.check(data=source.fingerprint(), images=len(source), flips=False)
+            self.recorded["features"] = self.cache.identity.digest()
         del self.recorded["mixed_precision"]
         self.found = self._find()
 
@@ -167,14 +191,18 @@ class _Training:
         settings, accelerator = self.settings, self.accelerator
         encoder = Phase("encoder", enabled=accelerator.is_main_process)
         with encoder, accelerator.main_process_first():
-            encoder.made = settings.enc_type
-            self.targets = load_targets(
-                settings.enc_type,
-                self.source,
-                checkpoint=settings.enc_checkpoint,
-                cache=encoder_of(Path(settings.output)),
-                device=accelerator.device,
-            )
+            if self.cache is not None:
+                encoder.made = f"stored tokens of {settings.features_dir}"
+                self.targets = cached_targets(self.cache, self.source)
+            else:
+                encoder.made = settings.enc_type
+                self.targets = load_targets(
+                    settings.enc_type,
+                    self.source,
+                    checkpoint=settings.enc_checkpoint,
+                    cache=encoder_of(Path(settings.output)),
+                    device=accelerator.device,
+                )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             channels, height, side = self.source.latent_shape
@@ -223,7 +251,14 @@ class _Training:
         """
         settings, main = self.settings, self.accelerator.is_local_main_process
         together = Agreement(self.accelerator, self.signals, every=EXCHANGE_EVERY, step=self.step)
-        loader = iter(_loader(settings, Part(self.source, held_out=False), self.accelerator, self.step))
+        loader = iter(
+            DataLoader(
+                self._samples(held_out=False),
+                batch_sampler=_sampler(settings, self.accelerator, self.step),
+                num_workers=settings.num_workers,
+                worker_init_fn=WorkerSignals(),
+            )
+        )
         cosines: list[Tensor] = []
         seconds: list[float] = []
         postfix: dict[str, str] = {}
@@ -253,12 +288,24 @@ class _Training:
             self.accelerator.end_training()
             raise SystemExit(self.signals.exit_status)
 
+    def _samples(self, *, held_out: bool) -> TrainingSamples:
+        part = Part(self.source, held_out=held_out)
+        features = None if self.cache is None else PartOfCache(self.cache, part)
+        return TrainingSamples(part, seed=self.settings.seed, features=features)
+
+    @torch.no_grad()
+    def _tokens(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """What the critic is to give for a batch of samples, (B, N, D) of each encoder."""
+        device = self.accelerator.device
+        if self.cache is not None:
+            return self.cache.decode(batch["features"].to(device))
+        with self.accelerator.autocast():
+            return self.targets.encode(batch["image"].to(device))
+
     def _train_step(self, batch: dict[str, Tensor]) -> Tensor:
         accelerator = self.accelerator
-        x0, images = batch["x0"].to(accelerator.device), batch["image"].to(accelerator.device)
-        with torch.no_grad(), accelerator.autocast():
-            z = self.targets.encode(images)
-        cosine = semantic_reward(self.model(x0).tokens, z).mean()
+        z = self._tokens(batch)
+        cosine = semantic_reward(self.model(batch["x0"].to(accelerator.device)).tokens, z).mean()
         accelerator.backward(1 - cosine)
         self.optimizer.step()
         self.schedule.step()
@@ -268,16 +315,13 @@ class _Training:
     @torch.no_grad()
     def agreement_on_held_out(self) -> float:
         """Mean cosine on at most 1,000 held-out images."""
-        held_out = Part(self.source, held_out=True)
-        samples = TrainingSamples(held_out, seed=self.settings.seed)
-        sampler = PositionBatchSampler(batch_size=1, num_batches=min(len(held_out), 1000))
+        samples = self._samples(held_out=True)
         cosines = []
-        for indices in torch.tensor(list(sampler)).flatten().split(self.settings.batch_size):
-            batch = [samples[int(i)] for i in indices]
-            keys = ("x0", "image")
-            x0, images = (torch.stack([item[key] for item in batch]).to(self.accelerator.device) for key in keys)
+        for indices in torch.arange(min(len(samples.source), 1000)).split(self.settings.batch_size):
+            batch = default_collate([samples[int(i)] for i in indices])
+            z = self._tokens(batch)
             with self.accelerator.autocast():
-                cosines.append(semantic_reward(self.critic(x0).tokens, self.targets.encode(images)))
+                cosines.append(semantic_reward(self.critic(batch["x0"].to(self.accelerator.device)).tokens, z))
         return float(torch.cat(cosines).mean())
 
 
@@ -298,7 +342,8 @@ def _check(settings: CriticTraining, output: Path) -> None:
     if begun and not settings.resume:
         do = "Pass --resume to go on with it, or remove the folder."
         raise ConfigError(str(checkpoints_of(output)), expected="no folder", got="an earlier training", do=do)
-    if settings.enc_type == SMALL and settings.enc_checkpoint is None and cache.exists() and not begun:
+    trains_small = settings.enc_type == SMALL and settings.enc_checkpoint is None and settings.features_dir is None
+    if trains_small and cache.exists() and not begun:
         # It may be of other images: a run that was broken off left it.
         do = "Remove it, or go on with it by --enc-checkpoint."
         raise ConfigError(str(cache), expected="no file", got="an encoder of an earlier run", do=do)
@@ -308,6 +353,9 @@ def _check(settings: CriticTraining, output: Path) -> None:
     ):
         names = "steps, batch_size, checkpointing_steps, learning_rate"
         raise ConfigError(names, expected="> 0", got=settings, do="Correct them.")
+    if settings.features_dir is not None and settings.enc_checkpoint is not None:
+        do = "Give one of them: a cache holds what the encoder says of the data."
+        raise ConfigError("features_dir", expected="None with enc_checkpoint", got=settings.features_dir, do=do)
     if settings.num_workers < 0 or settings.critic_width < 4:
         got = f"{settings.num_workers} and {settings.critic_width}"
         expected = "num_workers >= 0, critic_width >= 4"
@@ -326,15 +374,11 @@ def _try_to_write(output: Path) -> None:
         raise ConfigError(str(output), expected=expected, got=error, do=do) from error
 
 
-def _loader(
-    settings: CriticTraining, source: Source, accelerator: "Accelerator", start: int = 0
-) -> DataLoader[dict[str, Tensor]]:
-    sampler = PositionBatchSampler(
+def _sampler(settings: CriticTraining, accelerator: "Accelerator", start: int = 0) -> PositionBatchSampler:
+    return PositionBatchSampler(
         batch_size=settings.batch_size,
         num_batches=settings.steps,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         start_batch=start,
     )
-    samples, workers = TrainingSamples(source, seed=settings.seed), settings.num_workers
-    return DataLoader(samples, batch_sampler=sampler, num_workers=workers, worker_init_fn=WorkerSignals())
