@@ -8,7 +8,13 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+PACKAGES = {"vrpo_plugin.evaluation", "vrpo_plugin.reference"}
+"""Folders that are gone."""
+
 MOVED = {
+    "vrpo_plugin.functional.groups": "vrpo_plugin.functional.levels",
+    "vrpo_plugin.hosts.session": "vrpo_plugin.hosts.base",
+    "vrpo_plugin.modules.inputs": "vrpo_plugin.modules.checks",
     "vrpo_plugin.evaluation.protocol": "vrpo_plugin.standalone.evaluate",
     "vrpo_plugin.pretrain": "vrpo_plugin.standalone.train_critic",
     "vrpo_plugin.targets": "vrpo_plugin.standalone.targets",
@@ -21,8 +27,6 @@ MOVED = {
     for name in names
 }
 """Old name to new name."""
-
-PACKAGES = {old.rpartition(".")[0] for old in MOVED} - {"vrpo_plugin"}
 
 
 class _Moved(MetaPathFinder, Loader):
