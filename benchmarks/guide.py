@@ -1,8 +1,9 @@
 """Guided sampling against classifier-free guidance: distances, precision and recall by transformer calls a step.
 
 ``python benchmarks/guide.py --weights EMA.safetensors [...] --data CIFAR10 --output OUT.json`` samples from weights
-that ``benchmarks/gpu.py`` has brought back, and prints one table. Each point is kept in OUT.json as it comes: the
-command can be interrupted, and adds to what is there. 500 images take about a minute on one CPU core.
+that ``benchmarks/gpu.py`` has brought back; ``--runs FOLDER --recipe NAME`` from runs of ``benchmarks/convergence``. It
+prints one table. Each point is kept in OUT.json as it comes: the command can be interrupted, and adds to what is
+there. 500 images take about a minute on one CPU core.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from convergence.parts import Benchmark
+from convergence.parts import Benchmark, Run
 from convergence.recipe import JUDGES, read_recipe
 from convergence.run import SAMPLING_SEED, evenly_spaced
 from safetensors.torch import load_file
@@ -25,6 +26,7 @@ from vrpo_plugin.errors import ConfigError, DataError
 from vrpo_plugin.files import write_file
 from vrpo_plugin.modules.guide import RewardGuide
 from vrpo_plugin.modules.guide_parts import GuideParts, build_projectors, group, load_critic
+from vrpo_plugin.standalone.checkpoint import load_checkpoint
 from vrpo_plugin.standalone.features import extract_features
 from vrpo_plugin.standalone.frechet import FeatureStatistics, frechet_distance
 from vrpo_plugin.standalone.precision_recall import precision_recall
@@ -162,6 +164,20 @@ class Measure:
         return found
 
 
+def trained_runs(benchmark: Benchmark, methods: list[str], seeds: list[int]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """``METHOD-seedN`` and the weights at its end, of a folder of ``benchmarks/convergence``.
+
+    Raises:
+        DataError: one is not trained to its end.
+    """
+    for method in methods:
+        for seed in seeds:
+            run = Run(benchmark, method, seed)
+            tensors, _ = load_checkpoint(run.checkpoint(benchmark.recipe.evaluation.steps[-1]))
+            projectors = {k: v for k, v in tensors["model"].items() if k.startswith("vrpo.projectors.")}
+            yield run.folder.name, {**tensors["ema"], **projectors}
+
+
 def runs_of(files: list[Path], methods: list[str], seeds: list[int]) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """``METHOD-seedN`` and its weights, of all files.
 
@@ -206,12 +222,14 @@ def table(points: Mapping[str, Mapping[str, Any]]) -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, nargs="+", required=True, help="ema_*.safetensors of benchmarks/gpu.py")
-    parser.add_argument("--data", type=Path, required=True, help="folder with train/<class>/* images")
+    models = parser.add_mutually_exclusive_group(required=True)
+    models.add_argument("--weights", type=Path, nargs="+", help="ema_*.safetensors of benchmarks/gpu.py")
+    models.add_argument("--runs", type=Path, help="output folder of benchmarks/convergence, with its own networks")
+    parser.add_argument("--data", type=Path, help="folder with train/<class>/* images; none: the digits")
     parser.add_argument("--output", type=Path, required=True, help="file of the points, .json; it is added to")
     parser.add_argument("--recipe", default="cifar16_floor", help="of the weights; a name in benchmarks/recipes")
     parser.add_argument("--networks", default="cifar16", help="a folder in benchmarks/networks")
-    parser.add_argument("--methods", nargs="+", default=["repa", "plain-floor-0.1"], help="runs of the recipe")
+    parser.add_argument("--methods", nargs="+", help="of the recipe; by default its baseline and candidate")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of these runs")
     parser.add_argument("--device", default="cpu", help="that samples: cpu, cuda")
     parser.add_argument("--samples", type=int, default=1000, help="images of a point")
@@ -228,9 +246,14 @@ def main() -> None:
     recipe = read_recipe(BENCHMARKS / "recipes" / f"{options.recipe}.yaml")
     given = [{k: tuple(v) if isinstance(v, list) else v for k, v in p.items()} for p in options.points or []]
     wanted = [Point(**p) for p in given] or list(POINTS)
-    measure = Measure(
-        Shipped(recipe, options.data, BENCHMARKS / "networks" / options.networks), options.samples, options.device
-    )
+    methods = options.methods or [recipe.baseline, recipe.candidate]
+    if options.runs is not None:
+        benchmark = Benchmark(recipe, options.data, options.runs)
+        runs = trained_runs(benchmark, methods, options.seeds)
+    else:
+        benchmark = Shipped(recipe, options.data, BENCHMARKS / "networks" / options.networks)
+        runs = runs_of(options.weights, methods, options.seeds)
+    measure = Measure(benchmark, options.samples, options.device)
     protocol = {
         "recipe": options.recipe,
         "samples": options.samples,
@@ -244,7 +267,7 @@ def main() -> None:
         if record["protocol"] != protocol:
             do = "Choose another --output."
             raise ConfigError(str(options.output), expected=protocol, got=record["protocol"], do=do)
-    for name, weights in runs_of(options.weights, options.methods, options.seeds):
+    for name, weights in runs:
         model, parts = measure.model(weights)
         for point in wanted:
             if f"{name}/{point.name}" in record["points"]:

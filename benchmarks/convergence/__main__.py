@@ -29,7 +29,7 @@ if __name__ == "__main__":  # Python puts this folder on the path, not the one t
 
 from convergence.cost import measure_costs
 from convergence.parts import Benchmark, Run
-from convergence.recipe import JUDGES, read_recipe
+from convergence.recipe import read_recipe
 from convergence.report import alarms, plot, ratio_lines, summarize, table
 from convergence.run import Judge
 from vrpo_plugin import VRPOError, __version__
@@ -107,7 +107,7 @@ def gpu_of_each_job(jobs: int, gpus: int, visible: str | None) -> list[dict[str,
     return [{"CUDA_VISIBLE_DEVICES": names[i % gpus]} if gpus else {} for i in range(jobs)]
 
 
-def protocol_of(benchmark: Benchmark, accuracy: dict[str, float]) -> dict[str, Any]:
+def protocol_of(benchmark: Benchmark, accuracy: dict[str, float | None]) -> dict[str, Any]:
     """All that moves a number and is no method."""
     return {
         "recipe": benchmark.recipe.to_dict(),
@@ -142,13 +142,13 @@ def main() -> None:
         run_all(runs, arguments)
     records = [record for run in runs if (record := run.record())["points"]]
     costs = _costs(benchmark, methods, device)
-    summary = summarize(records, recipe.baseline, recipe.candidate, JUDGES, costs)
+    summary = summarize(records, recipe.baseline, recipe.candidate, recipe.judges, costs)
     floor = _floor(benchmark, device)
     result = {"protocol": protocol_of(benchmark, accuracy), "costs": costs, "runs": records, "summary": summary}
     result["floor"] = floor
     write_file(arguments.output / f"{recipe.name}.json", json.dumps(result, indent=1) + "\n")
-    plot(records, JUDGES, costs, arguments.output / f"{recipe.name}.png")
-    print(table(records, JUDGES, costs, floor))
+    plot(records, recipe.judges, costs, arguments.output / f"{recipe.name}.png")
+    print(table(records, recipe.judges, costs, floor))
     for alarm in alarms(records):
         print("ALARM:", alarm)
     print(ratio_lines(summary))

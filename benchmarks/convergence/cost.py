@@ -17,6 +17,8 @@ from convergence.parts import ENCODER, Benchmark, Run
 from vrpo_plugin.encoders import Targets
 from vrpo_plugin.functional.rewards import semantic_reward
 from vrpo_plugin.standalone.data import TrainingSamples
+from vrpo_plugin.standalone.feature_cache import FeatureCache
+from vrpo_plugin.standalone.targets import cached_targets
 from vrpo_plugin.standalone.training import aligner_of
 
 REPEATS, STEPS = 5, 2
@@ -27,16 +29,22 @@ class Stepper:
 
     def __init__(self, run: Run, device: torch.device) -> None:
         self.options, config = run.options()
-        source, encoder = run.benchmark.source(), run.benchmark.network(ENCODER).to(device)
-        self.encode = lambda images: (encoder.tokens(images),)
-        targets = Targets((encoder.token_dim,), encoder.grid, self.encode)
+        source, features = run.benchmark.source(), None
+        if self.options.features_dir is not None:
+            features = cache = FeatureCache(self.options.features_dir)
+            targets = cached_targets(cache, source)
+            self.encode = lambda batch: cache.decode(batch["features"])
+        else:
+            encoder = run.benchmark.network(ENCODER).to(device)
+            targets = Targets((encoder.token_dim,), encoder.grid, lambda images: (encoder.tokens(images),))
+            self.encode = lambda batch: targets.encode(batch["image"])
         self.critic_checkpoint = config.critic_checkpoint
         self.aligned = config.features == "policy" or config.reward_coeff > 0
         self.encoded = self.aligned and config.targets == "encoder"
         self.model = build_model(self.options, config, source, targets if self.aligned else None).to(device)
         self.step_module = TrainingStep(self.model, config.path_type).train()
         self.optimizer = build_optimizer(self.options, self.model)
-        samples = TrainingSamples(source, seed=0)
+        samples = TrainingSamples(source, seed=0, features=features)
         batch = default_collate([samples[i] for i in range(self.options.batch_size)])
         self.batch: dict[str, Tensor] = {key: value.to(device) for key, value in batch.items()}
         self.device = device
@@ -45,7 +53,7 @@ class Stepper:
         """Forward pass with the encoder's."""
         precision = self.options.mixed_precision
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            z = self.encode(self.batch["image"]) if self.encoded else ()
+            z = self.encode(self.batch) if self.encoded else ()
             return self.step_module(self.batch, z, 0)[0]
 
     def step(self) -> None:
@@ -112,9 +120,7 @@ def _critic_training_mmacs(benchmark: Benchmark, stepper: Stepper) -> float:
         return 0.0
     training = benchmark.critic_training(Path(stepper.critic_checkpoint).stem)
     critic, batch = copy.deepcopy(aligner.critic).requires_grad_(True), stepper.batch
-    gmacs = count_macs(
-        lambda: semantic_reward(critic(batch["x0"]).tokens, stepper.encode(batch["image"])).sum().backward()
-    )
+    gmacs = count_macs(lambda: semantic_reward(critic(batch["x0"]).tokens, stepper.encode(batch)).sum().backward())
     return 1e3 * gmacs / len(batch["x0"]) * training.batch_size * training.steps
 
 

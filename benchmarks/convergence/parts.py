@@ -15,11 +15,13 @@ from torch import Tensor
 from train_options import FREE_ON_RESUME, TrainOptions, parse_options, to_dict
 from train_repa_vrpo import main as train_example
 
+from convergence.networks import PretrainedNetwork, load_pretrained
 from convergence.recipe import JUDGES, OUTPUT, Recipe
 from vrpo_plugin import VRPOConfig
 from vrpo_plugin.config import check_keys
 from vrpo_plugin.errors import ConfigError, DataError
 from vrpo_plugin.files import write_file
+from vrpo_plugin.standalone.cache_features import CacheSettings, cache_features
 from vrpo_plugin.standalone.small_network import SmallFeatureNetwork, load_small_features
 from vrpo_plugin.standalone.small_training import (
     train_denoising_features,
@@ -78,31 +80,76 @@ class Benchmark:
         """Where a network is kept."""
         return self.output / "networks" / f"{name}.safetensors"
 
-    def network(self, name: str) -> SmallFeatureNetwork:
-        """A network that :meth:`train_networks` made."""
-        return load_small_features(self.network_file(name))
+    @property
+    def pretrained_encoder(self) -> str | None:
+        """Its name; None where the encoder is a small network that is trained here."""
+        return self.recipe.networks.encoder.get("name")
 
-    def train_networks(self, device: torch.device) -> dict[str, float]:
-        """Trains the encoder, the judges and the critics that are missing, on that device.
+    @property
+    def trained_here(self) -> tuple[str, ...]:
+        """Small networks that this benchmark trains."""
+        return JUDGES if self.pretrained_encoder else (ENCODER, *JUDGES)
+
+    @property
+    def features(self) -> Path:
+        """Where a pretrained encoder's tokens of the training images are kept."""
+        return self.output / "features"
+
+    def network(self, name: str) -> SmallFeatureNetwork | PretrainedNetwork:
+        """A network that :meth:`train_networks` made, or a pretrained one."""
+        side = max(1, self.recipe.resolution // 2)  # of the tokens of a patch-2 transformer, in pixel space
+        if name == ENCODER and self.pretrained_encoder:
+            chosen, grid = self.pretrained_encoder, (side, side)
+        elif name in self.recipe.networks.pretrained:
+            chosen, grid = name, None
+        else:
+            return load_small_features(self.network_file(name))
+        return load_pretrained(chosen, self.network_file(chosen), resolution=self.recipe.resolution, token_grid=grid)
+
+    def train_networks(self, device: torch.device) -> dict[str, float | None]:
+        """Trains the encoder, the judges and the critics that are missing, on that device; stores tokens.
 
         Returns:
-            The accuracy of encoder and judges on images held out, each in its own task.
+            The accuracy of encoder and judges on images held out, each in its own task; None of a pretrained one.
 
         Raises:
             ConfigError: one is there that was trained with other settings.
+            WeightsNotFoundError: a pretrained one is not there.
         """
-        for name in (ENCODER, *JUDGES, *self.recipe.networks.critics):
+        found = {name: self.network(name) for name in self.recipe.networks.pretrained}  # before any training
+        for name in (*self.trained_here, *self.recipe.networks.critics):
             self._claim_network(name)
-        missing = [name for name in (ENCODER, *JUDGES) if not self.network_file(name).exists()]
+        missing = [name for name in self.trained_here if not self.network_file(name).exists()]
         if missing:
             images, labels = all_images(self.source(), self.recipe.networks.images)
         for name in missing:
             network = TRAINERS[name](images, labels, device=device, **self._network_settings(name))
             network.save(self.network_file(name))
+        if self.pretrained_encoder:
+            cache_features(self._caching(self.pretrained_encoder))
         for name in self.recipe.networks.critics:
             if not self.network_file(name).exists():
                 train_critic(self.critic_training(name))
-        return {name: self.network(name).accuracy for name in (ENCODER, *JUDGES)}
+        found |= {name: self.network(name) for name in (ENCODER, *JUDGES)}
+        return {name: network.accuracy for name, network in found.items()}
+
+    def _caching(self, encoder: str) -> CacheSettings:
+        return CacheSettings(
+            data=str(self.training_data),
+            output=str(self.features),
+            encoder=encoder,
+            encoder_checkpoint=str(self.network_file(encoder)),
+            resolution=self.recipe.resolution,
+            pca=self.recipe.networks.encoder.get("pca", 0),
+            flips=self.recipe.training.get("flip_prob", 0) > 0,
+            num_workers=self.recipe.training.get("num_workers", 0),
+        )
+
+    def encoder_options(self) -> dict[str, Any]:
+        """Where a run and a critic's training have the aligned encoder from."""
+        if self.pretrained_encoder:
+            return {"enc_type": self.pretrained_encoder, "features_dir": str(self.features)}
+        return {"enc_type": "small", "enc_checkpoint": str(self.network_file(ENCODER))}
 
     def _network_settings(self, name: str) -> Mapping[str, Any]:
         networks = self.recipe.networks
@@ -130,8 +177,7 @@ class Benchmark:
             "output": str(self.network_file(name)),
             "data_dir": str(self.training_data) if self.training_data else None,
             "resolution": self.recipe.resolution,
-            "enc_type": "small",
-            "enc_checkpoint": str(self.network_file(ENCODER)),
+            **self.encoder_options(),
             "num_workers": self.recipe.training.get("num_workers", 0),
         }
         settings = self.recipe.networks.critics[name]
@@ -164,8 +210,7 @@ class Run:
             "seed": self.seed,
             "output_dir": self.folder.parent,
             "exp_name": self.folder.name,
-            "enc_type": "small",
-            "enc_checkpoint": self.benchmark.network_file(ENCODER),
+            **self.benchmark.encoder_options(),
             "max_train_steps": steps[-1],
             "checkpointing_steps": steps[0],
             "sampling_steps": 0,
@@ -187,7 +232,7 @@ class Run:
     def judging(self) -> dict[str, Any]:
         """What a point of the record depends on, besides its step and guidance."""
         evaluation = asdict(self.benchmark.recipe.evaluation)
-        judges = {name: self.benchmark.network(name).name for name in JUDGES}
+        judges = {name: self.benchmark.network(name).name for name in self.benchmark.recipe.judges}
         return {key: value for key, value in evaluation.items() if key not in ("steps", "guidance")} | judges
 
     def check(self) -> None:

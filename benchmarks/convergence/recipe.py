@@ -9,7 +9,7 @@ from vrpo_plugin.config import check_keys
 from vrpo_plugin.settings import build, read_mapping
 
 OUTPUT = "OUTPUT"  # stands for the output folder in a method's critic_checkpoint
-JUDGES = ("classes", "rotation", "denoising")  # the first one decides the ratios
+JUDGES = ("classes", "rotation", "denoising")  # trained on the images; the first one decides the ratios
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +17,10 @@ class NetworkRecipe:
     """The networks that are trained before the runs.
 
     Attributes:
-        encoder: width and steps of the aligned one.
-        judges: of the others.
+        encoder: width and steps of the aligned one; or ``name`` and ``pca`` of a pretrained one, whose tokens ``vrpo
+            cache-features`` stores once.
+        judges: width and steps of the others.
+        pretrained: names of further judges, files of ``benchmarks/pretrained.py`` in ``OUTPUT/networks``.
         images: that these are trained on, at most.
         critics: name to settings of ``vrpo train-critic``. A method uses one by its file,
             ``critic_checkpoint: OUTPUT/networks/NAME.safetensors``.
@@ -26,6 +28,7 @@ class NetworkRecipe:
 
     encoder: Mapping[str, Any] = field(default_factory=dict)
     judges: Mapping[str, Any] = field(default_factory=dict)
+    pretrained: tuple[str, ...] = ()
     images: int = 20_000
     critics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -82,6 +85,11 @@ class Recipe:
     candidate: str
     seeds: tuple[int, ...] = (0, 1, 2)
     networks: NetworkRecipe = field(default_factory=NetworkRecipe)
+
+    @property
+    def judges(self) -> tuple[str, ...]:
+        """All of them, the deciding one first."""
+        return (*JUDGES, *self.networks.pretrained)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

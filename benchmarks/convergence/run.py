@@ -11,11 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 from train_parts import Painter, build_decoder, build_model
 
+from convergence.networks import PretrainedNetwork
 from convergence.parts import ENCODER, Benchmark, Run
-from convergence.recipe import JUDGES, read_recipe
+from convergence.recipe import read_recipe
 from vrpo_plugin.encoders import Targets
 from vrpo_plugin.files import write_file
 from vrpo_plugin.functional.interpolant import clean_estimate, noisy_sample
@@ -42,11 +45,22 @@ class Judge:
         self.benchmark, self.device = benchmark, device
         self.recipe = benchmark.recipe.evaluation
         self.source = benchmark.source()
-        real, _ = all_images(self.source, self.recipe.reference)
-        self.networks = {name: benchmark.network(name).to(device) for name in JUDGES}
-        self.real = {name: extract_features(network, real) for name, network in self.networks.items()}
+        self.networks = {name: benchmark.network(name).to(device) for name in benchmark.recipe.judges}
+        self.real = {name: self._reference(name) for name in self.networks}
         self.encoder = benchmark.network(ENCODER).to(device)
         self.held_out = benchmark.held_out().to(device)
+
+    def _reference(self, name: str) -> Tensor:
+        """A judge's features of real images, which all runs of the benchmark share."""
+        file = self.benchmark.network_file(f"{name}.reference")
+        of = [self.networks[name].name, self.source.fingerprint(), self.recipe.reference]
+        if file.exists():
+            with safe_open(file, "pt") as stored:
+                if json.loads(stored.metadata()["of"]) == of:
+                    return stored.get_tensor("features")
+        features = extract_features(self.networks[name], all_images(self.source, self.recipe.reference)[0])
+        write_file(file, save({"features": features}, metadata={"of": json.dumps(of)}))
+        return features
 
     def floor(self) -> dict[str, dict[str, float]] | None:
         """What as many real images as samples get, of a split that no reference is from; None where there is none."""
@@ -114,14 +128,15 @@ class Judge:
         model.eval()
         null = torch.full((len(self.held_out),), self.source.num_classes, device=self.device)
         losses, rewards = [], []
-        judges = [self.networks[name] for name in JUDGES]
+        names = list(self.networks)
+        judges = list(self.networks.values())
         clean = [judge.tokens(self.held_out) for judge in judges]
         for x_t, target, t in self._noisy():
             velocity = model(x_t, t, null).float()
             losses.append((velocity - target).square().mean().item())
             seen = _pixels(clean_estimate(x_t, velocity, t, self.config.path_type))
             rewards.append([_agreement(judge, seen, z) for judge, z in zip(judges, clean, strict=True)])
-        held_out = {name: statistics.mean(r[i] for r in rewards) for i, name in enumerate(JUDGES)}
+        held_out = {name: statistics.mean(r[i] for r in rewards) for i, name in enumerate(names)}
         return {"denoising_loss": statistics.mean(losses), "held_out_reward": held_out}
 
     @torch.no_grad()
@@ -156,7 +171,7 @@ def _pixels(x: Tensor) -> Tensor:
     return x.add(1).mul(127.5).round().clamp(0, 255).byte()
 
 
-def _agreement(network: SmallFeatureNetwork, images: Tensor, z: Tensor) -> float:
+def _agreement(network: SmallFeatureNetwork | PretrainedNetwork, images: Tensor, z: Tensor) -> float:
     """Mean cosine of tokens around their mean over the data: without it all tokens point one way."""
     centre = rearrange(z, "b n d -> (b n) d").mean(0)
     return F.cosine_similarity(network.tokens(images) - centre, z - centre, dim=-1).mean().item()
