@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from functools import partial
 from importlib import import_module
 
 import pytest
@@ -52,3 +53,25 @@ def test_a_fresh_process_finds_an_old_name_first() -> None:
 def test_a_name_that_never_was_is_not_found() -> None:
     with pytest.raises(ModuleNotFoundError):
         import_module("vrpo_plugin.reference.nothing")
+
+
+def test_old_keywords_of_a_host_spec_are_the_new_ones_and_warn() -> None:
+    from vrpo_plugin import HostSpec
+    from vrpo_plugin.hosts.base import point
+
+    model, loss = point("net.py", "Net.forward", "self x"), point("net.py", "Loss.__call__", "self model")
+    functions = [partial(max, i) for i in range(5)]
+    old = ("convert", "read", "hide", "write", "installed")
+    new = ("in_forward", "before_loss", "show_to_loss", "after_loss", "after_init")
+    common = {"name": "mine", "repository": "me/mine", "model": model, "loss": loss}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        given = {**dict(zip(old, functions, strict=True)), "points": (model,), "projects": True}
+        spec = HostSpec(**common, **given)
+    wanted = {**dict(zip(new, functions, strict=True)), "verified": (model,), "has_alignment_loss": True}
+    assert spec == HostSpec(**common, **wanted)
+    assert len(caught) == len(given) and {warning.filename for warning in caught} == {__file__}
+    with pytest.raises(TypeError, match="convert and in_forward are the same argument"):
+        HostSpec(**common, convert=functions[0], in_forward=functions[1])
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nothing'"):
+        HostSpec(**common, in_forward=functions[0], nothing=1)

@@ -1,12 +1,16 @@
-"""Old names of modules, for one release: importing one gives the module of the new name, and a warning."""
+"""Old names of modules and keywords, for one release: each does what the new name does, with a warning."""
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any, TypeVar
+
+Class = TypeVar("Class", bound=type)
 
 PACKAGES = {"vrpo_plugin.evaluation", "vrpo_plugin.reference"}
 """Folders that are gone."""
@@ -52,3 +56,26 @@ def alias_moved_modules() -> None:
     """Lets the old names be imported, once per process."""
     if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Moved())
+
+
+def renamed_keywords(old_to_new: Mapping[str, str]) -> Callable[[Class], Class]:
+    """A class decorator: the constructor takes old keywords too."""
+
+    def decorate(cls: Class) -> Class:
+        original = cls.__init__  # type: ignore[misc]
+
+        @wraps(original)
+        def init(self: Any, *args: Any, **given: Any) -> None:
+            for old in [name for name in given if name in old_to_new]:
+                new = old_to_new[old]
+                text = f"{cls.__name__}({old}=) is now {new}=; the old name goes in 0.3."
+                warnings.warn(text, DeprecationWarning, stacklevel=2)
+                if new in given:
+                    raise TypeError(f"{cls.__name__}: {old} and {new} are the same argument")
+                given[new] = given.pop(old)
+            original(self, *args, **given)
+
+        cls.__init__ = init  # type: ignore[misc]
+        return cls
+
+    return decorate

@@ -116,7 +116,10 @@ class Benchmark:
             ConfigError: one is there that was trained with other settings.
             WeightsNotFoundError: a pretrained one is not there.
         """
-        found = {name: self.network(name) for name in self.recipe.networks.pretrained}  # before any training
+        # Before any training.
+        found = {name: self.network(name) for name in self.recipe.networks.pretrained}
+        if self.pretrained_encoder:
+            found[ENCODER] = self.network(ENCODER)
         for name in (*self.trained_here, *self.recipe.networks.critics):
             self._claim_network(name)
         missing = [name for name in self.trained_here if not self.network_file(name).exists()]
@@ -130,7 +133,7 @@ class Benchmark:
         for name in self.recipe.networks.critics:
             if not self.network_file(name).exists():
                 train_critic(self.critic_training(name))
-        found |= {name: self.network(name) for name in (ENCODER, *JUDGES)}
+        found |= {name: self.network(name) for name in self.trained_here}
         return {name: network.accuracy for name, network in found.items()}
 
     def _caching(self, encoder: str) -> CacheSettings:
@@ -226,7 +229,7 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """What of the recipe makes a step of this method, without the paths of a machine."""
         recipe = self.benchmark.recipe
-        own = {"resolution": recipe.resolution, "networks": asdict(recipe.networks)}
+        own = {"resolution": recipe.resolution, "networks": recipe.to_dict()["networks"]}
         return {**own, **recipe.training, **recipe.methods[self.method]}
 
     def judging(self) -> dict[str, Any]:

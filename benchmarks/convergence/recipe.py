@@ -92,8 +92,11 @@ class Recipe:
         return (*JUDGES, *self.networks.pretrained)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
+        """Plain data, without what is empty: results were stored before there were pretrained judges."""
+        plain = asdict(self)
+        if not self.networks.pretrained:
+            del plain["networks"]["pretrained"]
+        return plain
 
 
 def read_recipe(path: Path) -> Recipe:

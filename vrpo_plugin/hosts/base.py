@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
+from vrpo_plugin._moved import renamed_keywords
 from vrpo_plugin.config import VRPOConfig
 from vrpo_plugin.hosts.options import HostOptions
 from vrpo_plugin.patching.fingerprint import SourcePoint
@@ -218,6 +219,17 @@ def _not_called(*_: Any) -> Any:
     raise AssertionError("a spec with own_forward has no loss method")
 
 
+@renamed_keywords(
+    {
+        "read": "before_loss",
+        "convert": "in_forward",
+        "hide": "show_to_loss",
+        "write": "after_loss",
+        "installed": "after_init",
+        "projects": "has_alignment_loss",
+        "points": "verified",
+    }
+)
 @dataclass(frozen=True, kw_only=True)
 class HostSpec:
     """A codebase that VRPO can be applied to: where to attach, and the conversion of units; no formula.
