@@ -110,7 +110,6 @@ class LatentCritic(nn.Module):
         self.context = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.norm = _Activation(width)
         self.heads = nn.ModuleList(nn.Linear(width, dim) for dim in target_dims)
-        self._kept: tuple[Any, dict[str, Tensor]] | None = None  # no buffers: they are no part of a checkpoint
 
     def sizes(self) -> dict[str, Any]:
         """The constructor's arguments, as plain data."""
@@ -138,19 +137,10 @@ class LatentCritic(nn.Module):
         if half is None or half == next(self.parameters()).dtype:
             return self._see(latent.to(next(self.parameters()).dtype))
         # Autocast would compute the norms in float32, with a cast before and after each: twice the memory.
+        # Cast anew in each call: nothing says reliably that a weight has changed, fused optimizers count no version.
+        weights = {name: p.to(half) for name, p in self.named_parameters()}
         with torch.autocast(latent.device.type, enabled=False):
-            return functional_call(self, self._weights_in(half), (latent.to(half),))
-
-    def _weights_in(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The parameters in another precision; those of a frozen critic are kept from call to call."""
-        weights = dict(self.named_parameters())
-        kept = not any(p.requires_grad or p.is_meta or p.is_inference() for p in weights.values())
-        if not kept or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-            return {name: p.to(dtype) for name, p in weights.items()}
-        state = (dtype, *((p.data_ptr(), p._version) for p in weights.values()))
-        if self._kept is None or self._kept[0] != state:
-            self._kept = state, {name: p.to(dtype) for name, p in weights.items()}
-        return self._kept[1]
+            return functional_call(self, weights, (latent.to(half),))
 
     def _see(self, latent: Tensor) -> CriticOutput:
         h = rearrange(latent, "b c (h p) (w q) -> b (c p q) h w", p=self.fold, q=self.fold)
