@@ -24,13 +24,14 @@ def stored(name: str) -> dict[str, Any]:
 def test_the_page_shows_the_stored_table_and_ratios(name: str) -> None:
     result = stored(name)
     recipe, runs, costs = result["protocol"]["recipe"], result["runs"], result["costs"]
-    summary = summarize(runs, recipe["baseline"], recipe["candidate"], JUDGES, costs)
+    judges = (*JUDGES, *recipe["networks"].get("pretrained", ()))
+    summary = summarize(runs, recipe["baseline"], recipe["candidate"], judges, costs)
     assert json.loads(json.dumps(summary)) == result["summary"]
     page = (REPO / "docs" / "results.md").read_text(encoding="utf-8")
-    assert table(runs, JUDGES, costs) in page
+    assert table(runs, judges, costs) in page
     lines = ratio_lines(summary).splitlines()
     chosen = [line for line in lines if line.startswith(f"{recipe['candidate']} against")]
-    assert len(chosen) == len(JUDGES) + 1 and "\n".join(chosen) in page
+    assert len(chosen) == len(judges) + 1 and "\n".join(chosen) in page
 
 
 @pytest.mark.parametrize("name", RESULTS)
@@ -88,7 +89,8 @@ def test_the_main_table_of_the_page_is_the_stored_one() -> None:
     assert len(lines) == len(JUDGES) and "\n".join(lines) in page
 
 
-def test_the_guides_table_is_the_stored_one() -> None:
-    stored = json.loads((REPO / "benchmarks" / "results" / "guide" / "cifar16.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", ["cifar16", "digits"])
+def test_the_guides_table_is_the_stored_one(name: str) -> None:
+    stored = json.loads((REPO / "benchmarks" / "results" / "guide" / f"{name}.json").read_text(encoding="utf-8"))
     page = (REPO / "docs" / "guide.md").read_text(encoding="utf-8")
     assert guide.table(stored["points"]) in page and f"{stored['protocol']['samples']} images" in page
