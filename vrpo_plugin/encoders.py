@@ -53,8 +53,7 @@ class FrozenEncoder:
     def __init__(self, model: Any, name: str, input_size: int, token_grid: tuple[int, int] | None = None) -> None:
         from timm.data import resolve_model_data_config
 
-        # Convolutions run up to twice as fast on weights in this order, and give the same tokens to rounding.
-        self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.model = model.eval().requires_grad_(False)
         self.name = name
         self.input_size = input_size
         pixels = resolve_model_data_config(model)
@@ -120,7 +119,8 @@ class FrozenEncoder:
         pixels = (unit - self._mean) / self._std  # one channel becomes three here
         if pixels.shape[-1] != self.input_size:
             pixels = F.interpolate(pixels, self.input_size, mode="bicubic")
-        return pixels
+        # Convolutions run up to twice as fast in this order, and give the same tokens to rounding.
+        return pixels.contiguous(memory_format=torch.channels_last)
 
     def _feature_map(self, features: Any) -> Tensor:
         """What ``forward_features`` returned, as (B, D, h, w)."""

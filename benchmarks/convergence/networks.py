@@ -79,7 +79,7 @@ def _squeezenet(file: Path) -> PretrainedNetwork:
     state = load_file(file)
     model.load_state_dict(state)
     layers: Any = model.features
-    layers.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    layers.eval().requires_grad_(False)
 
     @torch.no_grad()
     def maps(images: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from vrpo_plugin.config import check_keys
 from vrpo_plugin.errors import ConfigError, DataError
 from vrpo_plugin.files import write_file
 from vrpo_plugin.standalone.cache_features import CacheSettings, cache_features
+from vrpo_plugin.standalone.feature_cache import FeatureCache
 from vrpo_plugin.standalone.small_network import SmallFeatureNetwork, load_small_features
 from vrpo_plugin.standalone.small_training import (
     train_denoising_features,
@@ -247,6 +248,8 @@ class Run:
         recorded = self.folder / "config.json"
         if recorded.exists():
             now = to_dict(*self.options()) | {"data_fingerprint": self.benchmark.source().fingerprint()}
+            if self.benchmark.pretrained_encoder:
+                now["stored_features"] = FeatureCache(self.benchmark.features).identity.digest()
             then = json.loads(recorded.read_text(encoding="utf-8"))["settings"]
             refuse_other(self.folder, _trained(then), _trained(now), "Choose another --output.")
         if self.record_file.exists():

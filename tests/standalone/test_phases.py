@@ -33,7 +33,7 @@ def test_a_phase_says_that_it_goes_on_and_what_it_made() -> None:
 
 def test_a_bar_is_sign_enough() -> None:
     log, bars = Lines(), io.StringIO()
-    with Phase("encoder", interval=0.001, file=log) as phase, progress(range(3), "steps", file=bars) as bar:
+    with progress(range(3), "steps", file=bars) as bar, Phase("encoder", interval=0.001, file=log) as phase:
         for _ in bar:
             phase._over.wait(0.02)
     assert log.getvalue().splitlines() == [log.getvalue().strip()] and "encoder: done" in log.getvalue()
