@@ -119,7 +119,7 @@ class FrozenEncoder:
         pixels = (unit - self._mean) / self._std  # one channel becomes three here
         if pixels.shape[-1] != self.input_size:
             pixels = F.interpolate(pixels, self.input_size, mode="bicubic")
-        # Convolutions run up to twice as fast in this order, and give the same tokens to rounding.
+        # Convolutions are faster in this order, and give the same tokens to rounding.
         return pixels.contiguous(memory_format=torch.channels_last)
 
     def _feature_map(self, features: Any) -> Tensor:
